@@ -1,0 +1,71 @@
+"""VOC as a PyTorch Dataset, read from the data lists that create_data_lists.py wrote."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from utils import InputError, read_image, transform
+
+
+class PascalVOCDataset(Dataset):
+    """The pictures of one split with their objects.
+
+    An item is (image, boxes, labels, difficulties): a normalised image (3, 300, 300), boxes in fractional boundary
+    coordinates (n, 4), labels long (n), difficulties bool (n). A picture without objects has n = 0.
+    """
+
+    def __init__(self, data_folder, split, keep_difficult=False, augment=None):
+        """
+        :param data_folder: where the data lists are
+        :param split: 'TRAIN' or 'TEST'
+        :param keep_difficult: whether objects marked as difficult are kept
+        :param augment: whether pictures are changed at random; None: for the training split only
+
+        Raises InputError if there are no data lists, or if they don't belong together.
+        """
+        self.split = split.upper()
+        if self.split not in ('TRAIN', 'TEST'):
+            raise InputError(f"split must be 'train' or 'test', not '{split}'")
+        self.keep_difficult = keep_difficult
+        self.augment = self.split == 'TRAIN' if augment is None else augment
+
+        self.images = read_list(data_folder, f'{self.split}_images.json')
+        self.objects = read_list(data_folder, f'{self.split}_objects.json')
+        self.label_map = read_list(data_folder, 'label_map.json')
+        if len(self.images) != len(self.objects):
+            raise InputError(f"'{data_folder}' has lists of {len(self.images)} images but of {len(self.objects)} "
+                             'images\' objects: make them again with create_data_lists.py')
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        image = read_image(self.images[i])
+        objects = self.objects[i]
+        boxes = torch.tensor(objects['boxes'], dtype=torch.float).view(-1, 4)  # (n, 4), also for n = 0
+        labels = torch.tensor(objects['labels'], dtype=torch.long)  # (n)
+        difficulties = torch.tensor(objects['difficulties'], dtype=torch.bool)  # (n)
+        if not self.keep_difficult:
+            boxes, labels, difficulties = boxes[~difficulties], labels[~difficulties], difficulties[~difficulties]
+        return transform(image, boxes, labels, difficulties, split='TRAIN' if self.augment else 'TEST')
+
+    def collate_fn(self, batch):
+        """Makes a batch of items: images stacked to (N, 3, 300, 300), all else as lists of N tensors, for their sizes
+        differ."""
+        images, boxes, labels, difficulties = zip(*batch)
+        return torch.stack(images), list(boxes), list(labels), list(difficulties)
+
+
+def read_list(data_folder, name):
+    """The content of one of the JSON files. Raises InputError if it isn't there or is damaged."""
+    path = Path(data_folder) / name
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise InputError(f"data list '{path}' isn't there: run create_data_lists.py first, or set data_folder to the "
+                         'folder that it wrote') from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"data list '{path}' can't be read ({error}): make it again with "
+                         'create_data_lists.py') from None

@@ -1,0 +1,370 @@
+"""SSD300 (Liu et al., "SSD: Single Shot MultiBox Detector", arXiv 1512.02325): the network and its loss.
+
+Shapes in the comments: N images in a batch, 8732 priors, n_classes with the background as class 0.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import VGG16_Weights
+from torchvision.ops import batched_nms
+
+from utils import (IMAGE_SIZE, InputError, cxcy_to_gcxgcy, cxcy_to_xy, decimate, find_jaccard_overlap, gcxgcy_to_cxcy,
+                   load_checkpoint, xy_to_cxcy)
+
+
+class FeatureMap(NamedTuple):
+    name: str  # of the convolution whose output it is
+    channels: int
+    grid: int  # positions per side
+    scale: float  # side of a square prior, as a fraction of the image's side
+    ratios: tuple[float, ...]  # width / height of the priors
+
+    @property
+    def n_priors(self) -> int:
+        """Priors at each position: one per ratio, and the extra one."""
+        return len(self.ratios) + 1
+
+
+# Table of the paper's section 2.2 and of its Caffe code. Priors and prediction convolutions are both made from
+# it, in this order, so that the i-th prediction always belongs to the i-th prior.
+FEATURE_MAPS = (
+    FeatureMap('conv4_3', 512, 38, 0.1, (1, 2, 0.5)),
+    FeatureMap('conv7', 1024, 19, 0.2, (1, 2, 3, 0.5, 0.333)),
+    FeatureMap('conv8_2', 512, 10, 0.375, (1, 2, 3, 0.5, 0.333)),
+    FeatureMap('conv9_2', 256, 5, 0.55, (1, 2, 3, 0.5, 0.333)),
+    FeatureMap('conv10_2', 256, 3, 0.725, (1, 2, 0.5)),
+    FeatureMap('conv11_2', 256, 1, 0.9, (1, 2, 0.5)),
+)
+
+# VGG-16's five blocks of 3×3 convolutions: how many, and their output channels.
+VGG_BLOCKS = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
+
+# name: input channels, output channels, kernel size, stride, padding
+AUXILIARY_LAYERS = {
+    'conv8_1': (1024, 256, 1, 1, 0), 'conv8_2': (256, 512, 3, 2, 1),  # 19×19 → 10×10
+    'conv9_1': (512, 128, 1, 1, 0), 'conv9_2': (128, 256, 3, 2, 1),  # 10×10 → 5×5
+    'conv10_1': (256, 128, 1, 1, 0), 'conv10_2': (128, 256, 3, 1, 0),  # 5×5 → 3×3
+    'conv11_1': (256, 128, 1, 1, 0), 'conv11_2': (128, 256, 3, 1, 0),  # 3×3 → 1×1
+}
+
+
+class VGGBase(nn.Module):
+    """VGG-16 without its classifier: the source of the two lower feature maps."""
+
+    def __init__(self):
+        super().__init__()
+        in_channels = 3
+        for block, (n_convs, channels) in enumerate(VGG_BLOCKS, start=1):
+            for i in range(1, n_convs + 1):
+                self.add_module(f'conv{block}_{i}', nn.Conv2d(in_channels, channels, kernel_size=3, padding=1))
+                in_channels = channels
+        # fc6 and fc7 as convolutions. conv6 keeps 3×3 of fc6's 7×7 values and is dilated ("atrous") to see as far
+        # as before; by 6 instead of 3, because pool5 no longer halves the map.
+        self.conv6 = nn.Conv2d(512, 1024, kernel_size=3, padding=6, dilation=6)
+        self.conv7 = nn.Conv2d(1024, 1024, kernel_size=1)
+
+        # Thirteen layers deep without normalisation, only variance-preserving weights let a signal through: He
+        # initialisation, for training without load_pretrained_layers().
+        for conv in self.children():
+            nn.init.kaiming_normal_(conv.weight, nonlinearity='relu')
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, image):
+        """image (N, 3, 300, 300) → feature maps conv4_3 (N, 512, 38, 38), conv7 (N, 1024, 19, 19)"""
+        out = image
+        for block, (n_convs, _) in enumerate(VGG_BLOCKS, start=1):
+            for i in range(1, n_convs + 1):
+                out = F.relu(getattr(self, f'conv{block}_{i}')(out))
+            if block == 4:
+                conv4_3 = out  # (N, 512, 38, 38)
+            if block == 5:
+                out = F.max_pool2d(out, kernel_size=3, stride=1, padding=1)  # pool5: smooths, doesn't halve
+            else:
+                # The sides go 300, 150, 75, 38, 19: ceil_mode rounds 75 / 2 up at pool3.
+                out = F.max_pool2d(out, kernel_size=2, stride=2, ceil_mode=True)
+        out = F.relu(self.conv6(out))  # (N, 1024, 19, 19)
+        conv7 = F.relu(self.conv7(out))  # (N, 1024, 19, 19)
+        return conv4_3, conv7
+
+    def load_pretrained_layers(self):
+        """Takes over the weights of torchvision's VGG-16, trained on ImageNet (a download of 528 MB, once).
+
+        fc6 (4096, 25088) is reshaped to the convolution (4096, 512, 7, 7) that it is and decimated to conv6
+        (1024, 512, 3, 3); fc7 (4096, 4096) likewise to conv7 (1024, 1024, 1, 1).
+        """
+        source = VGG16_Weights.IMAGENET1K_V1
+        try:
+            pretrained = source.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f'the pretrained VGG-16 can\'t be downloaded ({error}): train with --no-pretrained, or put '
+                f'{source.url} into {torch.hub.get_dir()}/checkpoints') from None
+        layers = list(pretrained.values())  # weight and bias of each convolution in turn, then of fc6, fc7, fc8
+        fc6_weight, fc6_bias, fc7_weight, fc7_bias = layers[26:30]
+        layers[26:] = [decimate(fc6_weight.view(4096, 512, 7, 7), m=(4, None, 3, 3)), decimate(fc6_bias, m=(4,)),
+                       decimate(fc7_weight.view(4096, 4096, 1, 1), m=(4, 4, None, None)), decimate(fc7_bias, m=(4,))]
+        self.load_state_dict(dict(zip(self.state_dict(), layers, strict=True)))
+
+
+class AuxiliaryConvolutions(nn.Module):
+    """Convolutions on top of the base: the source of the four upper feature maps."""
+
+    def __init__(self):
+        super().__init__()
+        for name, (in_channels, out_channels, kernel_size, stride, padding) in AUXILIARY_LAYERS.items():
+            self.add_module(name, nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding))
+        init_xavier(self)
+
+    def forward(self, conv7):
+        """conv7 (N, 1024, 19, 19) → feature maps conv8_2 (N, 512, 10, 10), conv9_2 (N, 256, 5, 5),
+        conv10_2 (N, 256, 3, 3), conv11_2 (N, 256, 1, 1)"""
+        out, feature_maps = conv7, []
+        for name in AUXILIARY_LAYERS:
+            out = F.relu(getattr(self, name)(out))
+            if name.endswith('_2'):
+                feature_maps.append(out)
+        return tuple(feature_maps)
+
+
+class PredictionConvolutions(nn.Module):
+    """Two 3×3 convolutions per feature map: one predicts, for each prior at each position, the four offsets of
+    the object's box from the prior, the other the scores of the classes."""
+
+    def __init__(self, n_classes):
+        super().__init__()
+        self.n_classes = n_classes
+        for feature_map in FEATURE_MAPS:
+            channels, n_priors = feature_map.channels, feature_map.n_priors
+            self.add_module(f'loc_{feature_map.name}', nn.Conv2d(channels, n_priors * 4, kernel_size=3, padding=1))
+            self.add_module(f'cl_{feature_map.name}',
+                            nn.Conv2d(channels, n_priors * n_classes, kernel_size=3, padding=1))
+        init_xavier(self)
+
+    def forward(self, *features):
+        """The six feature maps in FEATURE_MAPS' order → locs (N, 8732, 4), scores (N, 8732, n_classes)"""
+        locs, scores = [], []
+        for feature_map, feature in zip(FEATURE_MAPS, features, strict=True):
+            loc = getattr(self, f'loc_{feature_map.name}')(feature)  # (N, n_priors · 4, grid, grid)
+            score = getattr(self, f'cl_{feature_map.name}')(feature)  # (N, n_priors · n_classes, grid, grid)
+            # Channels last, so that flattening walks row by row, position by position, prior by prior: the
+            # order in which create_prior_boxes() makes the priors.
+            locs.append(loc.permute(0, 2, 3, 1).reshape(len(loc), -1, 4))
+            scores.append(score.permute(0, 2, 3, 1).reshape(len(score), -1, self.n_classes))
+        return torch.cat(locs, dim=1), torch.cat(scores, dim=1)
+
+
+def init_xavier(module):
+    """Uniform Xavier weights and zero biases for all layers of a module."""
+    for conv in module.children():
+        nn.init.xavier_uniform_(conv.weight)
+        nn.init.zeros_(conv.bias)
+
+
+class SSD300(nn.Module):
+    """The whole network: base, auxiliary and prediction convolutions."""
+
+    def __init__(self, n_classes):
+        """:param n_classes: number of classes, background included: 21 for VOC"""
+        super().__init__()
+        self.n_classes = n_classes
+        self.base = VGGBase()
+        self.aux_convs = AuxiliaryConvolutions()
+        self.pred_convs = PredictionConvolutions(n_classes)
+        # Lower features have larger values; conv4_3 is brought to length 1 at each position, then each channel to
+        # a scale that is learned, from 20 on (paper, section 3.1).
+        self.rescale_factors = nn.Parameter(torch.full((1, 512, 1, 1), 20.0))
+        # A buffer moves with the network to any device; it isn't saved, since it follows from FEATURE_MAPS.
+        self.register_buffer('priors_cxcy', self.create_prior_boxes(), persistent=False)
+
+    def forward(self, images):
+        """images (N, 3, 300, 300) → locs (N, 8732, 4), offsets from the priors; scores (N, 8732, n_classes), before
+        softmax. Raises ValueError for images of another shape."""
+        if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
+            raise ValueError(f'images must be of shape (N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), not {tuple(images.shape)}')
+        conv4_3, conv7 = self.base(images)  # (N, 512, 38, 38), (N, 1024, 19, 19)
+        rescaled = F.normalize(conv4_3, dim=1) * self.rescale_factors  # has an epsilon against division by 0
+        return self.pred_convs(rescaled, conv7, *self.aux_convs(conv7))
+
+    def create_prior_boxes(self):
+        """The 8732 priors in center-size coordinates (8732, 4): map by map, row by row, position by position; at
+        each position the ratio 1, the extra prior, then the other ratios."""
+        priors = []
+        next_scales = [feature_map.scale for feature_map in FEATURE_MAPS[1:]] + [1.0]
+        for feature_map, next_scale in zip(FEATURE_MAPS, next_scales):
+            # A prior of scale s and ratio a is s·√a wide and s/√a high: its area is s² whatever its ratio.
+            scale, grid = feature_map.scale, feature_map.grid
+            sizes = [(scale * ratio ** 0.5, scale / ratio ** 0.5) for ratio in feature_map.ratios]
+            sizes.insert(1, ((scale * next_scale) ** 0.5,) * 2)  # the extra prior, between this scale and the next
+            sizes = torch.tensor(sizes)  # (n_priors, 2)
+
+            center = (torch.arange(grid) + 0.5) / grid  # (grid): the middles of the tiles
+            c_y, c_x = torch.meshgrid(center, center, indexing='ij')  # (grid, grid) each, row by row
+            centers = torch.stack((c_x, c_y), dim=-1).view(-1, 1, 2)  # (grid², 1, 2)
+            shape = (grid ** 2, feature_map.n_priors, 2)
+            priors.append(torch.cat((centers.expand(shape), sizes.expand(shape)), dim=-1).view(-1, 4))
+        priors = torch.cat(priors)  # (8732, 4)
+        # No prior is larger than the image: this cuts 20 of them, on the two uppermost maps. 2740 overshoot an edge
+        # of the image and are left so, other than in the paper (section "Remarks" of the README).
+        priors[:, 2:].clamp_(max=1)
+        return priors
+
+    def detect_objects(self, predicted_locs, predicted_scores, min_score, max_overlap, top_k):
+        """Turns the network's output into objects.
+
+        :param predicted_locs: (N, 8732, 4)
+        :param predicted_scores: (N, 8732, n_classes), before softmax
+        :param min_score: only candidates with a greater score count
+        :param max_overlap: two boxes of one class that overlap by more than this are one object
+        :param top_k: at most this many objects per image, the best ones
+        :return: three lists with a tensor per image, by falling score: boxes in fractional boundary coordinates
+            (n, 4), labels (n), scores (n); n is 0 if there is no object
+        """
+        n_priors = len(self.priors_cxcy)
+        if predicted_locs.shape[1] != n_priors or predicted_scores.shape[1] != n_priors:
+            raise ValueError(f'there are {n_priors} priors, but predictions of shape {tuple(predicted_locs.shape)} and '
+                             f'{tuple(predicted_scores.shape)}')
+        all_boxes = cxcy_to_xy(gcxgcy_to_cxcy(predicted_locs.float(), self.priors_cxcy))  # (N, 8732, 4)
+        all_scores = predicted_scores.float().softmax(dim=2)[:, :, 1:]  # (N, 8732, n_classes − 1)
+
+        detections = [self._detect(boxes, scores, min_score, max_overlap, top_k)
+                      for boxes, scores in zip(all_boxes, all_scores)]
+        boxes, labels, scores = zip(*detections) if detections else ((), (), ())
+        return list(boxes), list(labels), list(scores)
+
+    def _detect(self, boxes, class_scores, min_score, max_overlap, top_k):
+        """Non-maximum suppression for one image: boxes (8732, 4), class_scores (8732, n_classes − 1)."""
+        # Each pair of prior and class above min_score is a candidate; a prior may be one for several classes.
+        prior, label = (class_scores > min_score).nonzero(as_tuple=True)  # (n_candidates)
+        scores, order = class_scores[prior, label].sort(descending=True, stable=True)  # (n_candidates)
+        boxes, labels = boxes[prior[order]], label[order] + 1  # (n_candidates, 4), (n_candidates)
+
+        # Whether a candidate stays depends on those with higher scores alone. So the best few thousand are enough
+        # if they leave top_k objects; early in training, there are 90,000 candidates. The result is the same.
+        n = 2000
+        while True:
+            # In float64: batched_nms keeps classes apart by shifting each to a place of its own, which would cost
+            # float32 coordinates their last digits.
+            kept = batched_nms(boxes[:n].double(), scores[:n].double(), labels[:n], max_overlap)
+            if len(kept) >= top_k or n >= len(scores):
+                kept = kept.sort().values[:top_k]  # candidates are in the order of their scores: so are these
+                return boxes[kept], labels[kept], scores[kept]
+            n *= 2
+
+
+def load_model(checkpoint_path) -> tuple[SSD300, dict[str, int]]:
+    """The network of a checkpoint, on the CPU and ready for detection, and its label map. Raises InputError if the
+    checkpoint can't be used."""
+    checkpoint = load_checkpoint(checkpoint_path)
+    model = SSD300(n_classes=len(checkpoint['label_map']))
+    load_weights(model, checkpoint, checkpoint_path)
+    return model.eval(), checkpoint['label_map']
+
+
+def load_weights(model, checkpoint, checkpoint_path):
+    """Puts the weights of a loaded checkpoint into a network. Raises InputError if they don't fit."""
+    try:
+        model.load_state_dict(checkpoint['model'])
+    except (RuntimeError, AttributeError, TypeError):
+        raise InputError(f"checkpoint '{checkpoint_path}' doesn't hold the weights of an SSD300 with {model.n_classes} "
+                         'classes: name one that train.py wrote') from None
+
+
+class MultiBoxLoss(nn.Module):
+    """The loss of SSD: of the boxes (localisation) and of the classes (confidence), paper, section 2.2.
+
+    All images of the batch are matched at once, and nothing is brought back from a GPU: the number of operations
+    doesn't grow with the batch.
+    """
+
+    def __init__(self, priors_cxcy, threshold=0.5, neg_pos_ratio=3, alpha=1.0, localization='smooth_l1'):
+        """
+        :param priors_cxcy: priors in center-size coordinates (8732, 4)
+        :param threshold: a prior is positive if it overlaps at least so much with an object
+        :param neg_pos_ratio: hard negatives per positive prior
+        :param alpha: weight of the localisation loss
+        :param localization: 'smooth_l1' as in the paper, or 'l1', with which the tutorial's published weights were
+            trained by mistake
+        """
+        super().__init__()
+        if localization not in ('smooth_l1', 'l1'):
+            raise ValueError(f"localization must be 'smooth_l1' or 'l1', not {localization!r}")
+        self.threshold, self.neg_pos_ratio, self.alpha = threshold, neg_pos_ratio, alpha
+        self.localization_loss = F.smooth_l1_loss if localization == 'smooth_l1' else F.l1_loss
+        self.register_buffer('priors_cxcy', priors_cxcy, persistent=False)
+        self.register_buffer('priors_xy', cxcy_to_xy(priors_cxcy), persistent=False)
+
+    def forward(self, predicted_locs, predicted_scores, boxes, labels):
+        """
+        :param predicted_locs: (N, 8732, 4), offsets from the priors
+        :param predicted_scores: (N, 8732, n_classes), before softmax
+        :param boxes: list of N tensors: objects in fractional boundary coordinates (n_objects, 4); none is (0, 4)
+        :param labels: list of N tensors: their classes (n_objects)
+        :return: the loss, a scalar; without a single positive prior in the batch it is 0. Its parts, confidence and
+            localisation, are left in `self.parts` (2), without gradient.
+        """
+        predicted_locs, predicted_scores = predicted_locs.float(), predicted_scores.float()  # autocast gives less
+        true_boxes, true_classes = self.match(boxes, labels)  # (N, 8732, 4), (N, 8732)
+        positive = true_classes > 0  # (N, 8732)
+        n_positives = positive.sum(dim=1)  # (N)
+        # At least 1: a batch without an object must give 0, not 0 / 0.
+        n_positives_in_batch = n_positives.sum().clamp(min=1)
+
+        # Localisation: positive priors only, for what should a box around nothing be? Their loss is the mean over
+        # all 4 · n_positives values, a quarter of the paper's, which sums the four: the published weights were
+        # trained so.
+        true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), self.priors_cxcy)  # (N, 8732, 4)
+        loc_loss = self.localization_loss(predicted_locs, true_locs, reduction='none').sum(dim=2)  # (N, 8732)
+        loc_loss = torch.where(positive, loc_loss, 0).sum() / (4 * n_positives_in_batch)
+
+        # Confidence: positive priors and, in each image, three times as many of the negative ones. All thousands of
+        # them would teach the network to say "background" and nothing else; the hardest teach most.
+        conf_loss = F.cross_entropy(predicted_scores.flatten(0, 1), true_classes.flatten(), reduction='none')
+        conf_loss = conf_loss.view(positive.shape)  # (N, 8732)
+        negative_losses = torch.where(positive, 0, conf_loss).sort(dim=1, descending=True).values  # (N, 8732)
+        rank = torch.arange(negative_losses.shape[1], device=negative_losses.device)  # (8732)
+        hard = rank < self.neg_pos_ratio * n_positives[:, None]  # (N, 8732)
+        conf_loss = (torch.where(positive, conf_loss, 0).sum()
+                     + torch.where(hard, negative_losses, 0).sum()) / n_positives_in_batch
+
+        self.parts = torch.stack((conf_loss, loc_loss)).detach()
+        return conf_loss + self.alpha * loc_loss
+
+    @torch.no_grad()
+    def match(self, boxes, labels):
+        """Assigns an object or the background to each prior.
+
+        :return: the boxes of the priors' objects (N, 8732, 4) in fractional boundary coordinates, without meaning
+            where the class is background; the classes (N, 8732), background 0
+        """
+        # The images' objects side by side, padded to the largest number of them: M. Padding overlaps with nothing.
+        counts = [len(image_boxes) for image_boxes in boxes]
+        n_images, most, device = len(boxes), max([*counts, 1]), self.priors_xy.device
+        slot = torch.tensor([i * most + j for i, count in enumerate(counts) for j in range(count)],
+                            dtype=torch.long).to(device, non_blocking=True)
+        # A padding box is the whole image, so that its offsets, though never used, are finite.
+        object_boxes = self.priors_xy.new_tensor([0, 0, 1, 1]).repeat(n_images * most, 1)
+        object_boxes = object_boxes.index_copy(0, slot, torch.cat(boxes)).view(n_images, most, 4)  # (N, M, 4)
+        object_classes = torch.zeros(n_images * most, dtype=torch.long, device=device)
+        object_classes = object_classes.index_copy(0, slot, torch.cat(labels)).view(n_images, most)  # (N, M)
+
+        overlap = find_jaccard_overlap(object_boxes, self.priors_xy)  # (N, M, 8732)
+        overlap = overlap.masked_fill(object_classes[:, :, None] == 0, 0)
+        overlap_for_each_prior, object_for_each_prior = overlap.max(dim=1)  # (N, 8732)
+        prior_for_each_object = overlap.argmax(dim=2)  # (N, M)
+
+        # An object may be the best one of no prior at all, or of none above the threshold. So each object claims the
+        # prior that fits it best, whatever their overlap; if two claim the same one, the later in the list has it.
+        claimant = torch.where(object_classes > 0, torch.arange(most, device=device), -1)  # (N, M)
+        claimed_by = torch.full_like(object_for_each_prior, -1)
+        claimed_by = claimed_by.scatter_reduce(1, prior_for_each_object, claimant, 'amax')  # (N, 8732)
+        claimed = claimed_by >= 0
+        object_for_each_prior = torch.where(claimed, claimed_by, object_for_each_prior)
+        overlap_for_each_prior = torch.where(claimed, 1.0, overlap_for_each_prior)
+
+        true_classes = object_classes.gather(1, object_for_each_prior)  # (N, 8732)
+        true_classes = torch.where(overlap_for_each_prior < self.threshold, 0, true_classes)
+        true_boxes = object_boxes.gather(1, object_for_each_prior[:, :, None].expand(-1, -1, 4))  # (N, 8732, 4)
+        return true_boxes, true_classes

@@ -1,0 +1,91 @@
+"""What several tests need: the repository on the path, networks built once, small folders in VOC's format."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from model import SSD300  # noqa: E402
+from utils import create_data_lists, make_label_map, voc_labels  # noqa: E402
+
+SAMPLE = ROOT / 'img' / 'emoji_voc'
+
+
+@pytest.fixture(scope='session')
+def model():
+    """An SSD300 for VOC with random weights, in evaluation mode. Tests leave it as it is."""
+    torch.manual_seed(0)
+    return SSD300(n_classes=21).eval()
+
+
+@pytest.fixture(scope='session')
+def sample_lists(tmp_path_factory):
+    """The folder with the data lists of the embedded sample."""
+    folder = tmp_path_factory.mktemp('sample_lists')
+    create_data_lists(SAMPLE / 'VOC2007', SAMPLE / 'VOC2012', folder)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def untrained_checkpoint(model, tmp_path_factory):
+    """A checkpoint file with the random weights of `model`, as train.py would write it."""
+    path = tmp_path_factory.mktemp('checkpoint') / 'checkpoint_ssd300.pth'
+    torch.save({'epoch': 1, 'model': model.state_dict(), 'label_map': make_label_map(voc_labels), 'settings': {}}, path)
+    return path
+
+
+def make_annotation(objects, size=(64, 48)):
+    """VOC's XML of a picture, as text; objects are (name, (xmin, ymin, xmax, ymax), difficult or None), coordinates
+    counted from 1."""
+    root = ElementTree.Element('annotation')
+    for tag, value in zip(('width', 'height', 'depth'), (*size, 3)):
+        parent = root.find('size') if root.find('size') is not None else ElementTree.SubElement(root, 'size')
+        ElementTree.SubElement(parent, tag).text = str(value)
+    for name, box, difficult in objects:
+        element = ElementTree.SubElement(root, 'object')
+        ElementTree.SubElement(element, 'name').text = name
+        if difficult is not None:
+            ElementTree.SubElement(element, 'difficult').text = str(difficult)
+        bndbox = ElementTree.SubElement(element, 'bndbox')
+        for tag, value in zip(('xmin', 'ymin', 'xmax', 'ymax'), box):
+            ElementTree.SubElement(bndbox, tag).text = str(value)
+    return ElementTree.tostring(root, encoding='unicode')
+
+
+def make_voc(folder, pictures, split='trainval'):
+    """Adds pictures to a folder in VOC's layout. `pictures` is {name: objects, or (image, objects)}, objects as in
+    `make_annotation` or the text of an XML file; without an image, a grey one of 64×48 is made. Returns the folder."""
+    for sub in ('Annotations', 'ImageSets/Main', 'JPEGImages'):
+        (folder / sub).mkdir(parents=True, exist_ok=True)
+    for name, content in pictures.items():
+        image, objects = content if isinstance(content, tuple) else (Image.new('RGB', (64, 48), 'gray'), content)
+        xml = objects if isinstance(objects, str) else make_annotation(objects, image.size)
+        (folder / 'Annotations' / f'{name}.xml').write_text(xml, encoding='utf-8')
+        image.save(folder / 'JPEGImages' / f'{name}.jpg')
+    list_path = folder / 'ImageSets' / 'Main' / f'{split}.txt'
+    known = list_path.read_text(encoding='utf-8') if list_path.exists() else ''
+    list_path.write_text(known + ''.join(f'{name}\n' for name in pictures), encoding='utf-8')
+    return folder
+
+
+def run_script(name, *arguments, folder=ROOT, timeout=300, **environment):
+    """Runs one of the scripts as a user would; returns the finished process with its output as text."""
+    return subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)], cwd=folder, text=True,
+                          capture_output=True, timeout=timeout, env={**os.environ, **environment}, check=False)
+
+
+def assert_one_sentence(process, *names):
+    """The process failed with one line on standard error that holds all names, and without a traceback."""
+    assert process.returncode != 0
+    last = process.stderr.strip().splitlines()[-1]
+    assert 'Traceback' not in process.stderr, process.stderr
+    for name in names:
+        assert str(name) in last, last

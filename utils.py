@@ -1,0 +1,614 @@
+"""What the scripts share besides the network: the code of SSD that works on boxes, pictures and files.
+
+Chapters, in reading order: labels · boxes · data lists · transforms · evaluation · checkpoints · script settings.
+
+Three forms of a box occur, always as the last dimension (of size 4) of a tensor:
+
+- boundary coordinates (x_min, y_min, x_max, y_max), in the comments "xy";
+- center-size coordinates (c_x, c_y, w, h), "cxcy";
+- offsets (g_c_x, g_c_y, g_w, g_h) of such a box from a prior, "gcxgcy".
+
+Coordinates are fractions of the picture's width and height, but for the annotations and the input of
+`transform`: those count pixels ("absolute" coordinates).
+"""
+
+import argparse
+import colorsys
+import inspect
+import json
+import math
+import os
+import pickle
+import random
+import re
+import sys
+import typing
+import warnings
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+import torchvision.transforms.functional as F
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+
+class InputError(Exception):
+    """Something that the user gave is missing, unreadable or wrong. The message is one sentence that names
+    it and says what to do; `run_script` prints it instead of a traceback."""
+
+
+# ------------------------------------------------------------------------------------------------ labels
+
+voc_labels = ('aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow',
+              'diningtable', 'dog', 'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train',
+              'tvmonitor')
+
+
+def make_label_map(labels) -> dict[str, int]:
+    """{label: class index}: the background is 0, the labels are 1, 2, … in the order given."""
+    return {'background': 0, **{label: index for index, label in enumerate(labels, start=1)}}
+
+
+def make_label_colors(label_map) -> dict[str, str]:
+    """{label: '#rrggbb'} for any number of classes."""
+    # Hues a golden ratio of the circle apart never repeat, and neighbours in the list look different.
+    colors = {}
+    for label, index in label_map.items():
+        rgb = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.85, 0.95 if index % 2 else 0.75)
+        colors[label] = '#' + ''.join(f'{round(255 * value):02x}' for value in rgb)
+    return colors
+
+
+label_map = make_label_map(voc_labels)
+rev_label_map = {index: label for label, index in label_map.items()}
+label_color_map = make_label_colors(label_map)
+
+
+# ------------------------------------------------------------------------------------------------- boxes
+
+def xy_to_cxcy(xy):
+    """Boundary coordinates (…, 4) to center-size coordinates (…, 4)."""
+    return torch.cat(((xy[..., 2:] + xy[..., :2]) / 2,  # c_x, c_y
+                      xy[..., 2:] - xy[..., :2]), dim=-1)  # w, h
+
+
+def cxcy_to_xy(cxcy):
+    """Center-size coordinates (…, 4) to boundary coordinates (…, 4)."""
+    return torch.cat((cxcy[..., :2] - cxcy[..., 2:] / 2,  # x_min, y_min
+                      cxcy[..., :2] + cxcy[..., 2:] / 2), dim=-1)  # x_max, y_max
+
+
+def cxcy_to_gcxgcy(cxcy, priors_cxcy):
+    """Offsets (…, 4) of boxes (…, 4) from their priors (…, 4), both in center-size coordinates.
+
+    The distance of the centers is told in units of the prior's size, the size as the logarithm of its ratio
+    to the prior's. The factors 10 and 5 aren't in the paper: they are the "variances" 0.1 and 0.2 of the
+    authors' Caffe code, which bring all four offsets to about the same spread.
+    """
+    return torch.cat(((cxcy[..., :2] - priors_cxcy[..., :2]) / (priors_cxcy[..., 2:] / 10),  # g_c_x, g_c_y
+                      torch.log(cxcy[..., 2:] / priors_cxcy[..., 2:]) * 5), dim=-1)  # g_w, g_h
+
+
+def gcxgcy_to_cxcy(gcxgcy, priors_cxcy):
+    """The inverse of `cxcy_to_gcxgcy`: offsets (…, 4) back to center-size coordinates (…, 4)."""
+    return torch.cat((gcxgcy[..., :2] * priors_cxcy[..., 2:] / 10 + priors_cxcy[..., :2],  # c_x, c_y
+                      torch.exp(gcxgcy[..., 2:] / 5) * priors_cxcy[..., 2:]), dim=-1)  # w, h
+
+
+def find_intersection(set_1, set_2):
+    """Areas (…, n1, n2) of what each box of (…, n1, 4) shares with each of (…, n2, 4); boundary coordinates."""
+    lower = torch.maximum(set_1[..., :, None, :2], set_2[..., None, :, :2])  # (…, n1, n2, 2)
+    upper = torch.minimum(set_1[..., :, None, 2:], set_2[..., None, :, 2:])  # (…, n1, n2, 2)
+    width, height = (upper - lower).clamp(min=0).unbind(dim=-1)  # 0 where the boxes don't meet
+    return width * height  # (…, n1, n2)
+
+
+def find_jaccard_overlap(set_1, set_2):
+    """Jaccard overlap (IoU) (…, n1, n2) of each box of (…, n1, 4) with each of (…, n2, 4); boundary
+    coordinates. Two boxes without any area overlap by 0."""
+    area_1, area_2 = ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+                      for boxes in (set_1, set_2))  # (…, n1), (…, n2)
+    intersection = find_intersection(set_1, set_2)  # (…, n1, n2)
+    union = area_1[..., :, None] + area_2[..., None, :] - intersection  # (…, n1, n2)
+    return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
+def decimate(tensor, m):
+    """Keeps every m[d]-th value along dimension d, all of them where m[d] is None."""
+    return tensor[tuple(slice(None, None, step) for step in m)]
+
+
+# -------------------------------------------------------------------------------------------- data lists
+
+class _PlainXML(ElementTree.TreeBuilder):
+    """Refuses document types: VOC has none, and entities defined in one can blow a few lines of XML up to
+    gigabytes ("billion laughs")."""
+
+    def doctype(self, name, pubid, system):
+        raise ValueError('it declares a document type')
+
+
+def parse_annotation(annotation_path, label_map=label_map, unknown_labels=None) -> dict[str, list]:
+    """The objects in an annotation file of VOC's format.
+
+    :param unknown_labels: a Counter, to which labels outside the label map are added; their objects are left out
+    :return: {'boxes': [[x_min, y_min, x_max, y_max], …] in pixels counted from 0, 'labels': [class index, …],
+        'difficulties': [0 or 1, …]}
+
+    Boxes without area are left out with a warning. A file that is missing or isn't such an annotation raises
+    InputError.
+    """
+    index_of = {label.lower(): index for label, index in label_map.items() if index > 0}
+    objects = {'boxes': [], 'labels': [], 'difficulties': []}
+    try:
+        root = ElementTree.parse(annotation_path, ElementTree.XMLParser(target=_PlainXML())).getroot()
+        for element in root.findall('object'):
+            label = element.findtext('name').strip()
+            box = [float(element.findtext(f'bndbox/{corner}')) - 1  # VOC counts pixels from 1
+                   for corner in ('xmin', 'ymin', 'xmax', 'ymax')]
+            if label.lower() not in index_of:
+                if unknown_labels is not None:
+                    unknown_labels[label] += 1
+            elif not (all(map(math.isfinite, box)) and box[0] < box[2] and box[1] < box[3]):
+                warnings.warn(f"'{annotation_path}': left out a {label} whose box has no area "
+                              f'(xmin, ymin, xmax, ymax: {", ".join(f"{value + 1:g}" for value in box)})')
+            else:
+                objects['boxes'].append(box)
+                objects['labels'].append(index_of[label.lower()])
+                objects['difficulties'].append(int(element.findtext('difficult', '0').strip() == '1'))
+    except FileNotFoundError:
+        raise InputError(f"annotation '{annotation_path}' isn't there: copy it there, or take its name out of "
+                         f'the list in ImageSets/Main') from None
+    except (OSError, ElementTree.ParseError, LookupError, ValueError, TypeError, AttributeError) as error:
+        # TypeError and AttributeError: an object without a name, or a box without one of its sides.
+        raise InputError(f"annotation '{annotation_path}' isn't a VOC annotation ({error}): repair it, or take "
+                         f'its name out of the list in ImageSets/Main') from None
+    return objects
+
+
+@contextmanager
+def picture_errors(path):
+    """Turns everything that Pillow raises for a picture that can't be read into one InputError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputError(f"picture '{path}' isn't there: copy it there, or make the data lists again without "
+                         'it') from None
+    except (OSError, SyntaxError, ValueError, OverflowError, MemoryError, Image.DecompressionBombError) as error:
+        raise InputError(f"picture '{path}' can't be read ({error}): replace it, or leave it out") from None
+
+
+def read_image(path) -> Image.Image:
+    """The picture in a file, upright and in mode RGB, whatever mode it was saved in.
+
+    "Upright" is what viewers show: phones save a photo as the sensor saw it, with the turn to be made in its
+    EXIF data. Raises InputError, naming the file, if it can't be read.
+    """
+    with picture_errors(path), Image.open(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith('I'):  # 16 bits a pixel: Pillow's own conversion would cut off, not scale
+            image = image.point(lambda value: value / 256).convert('L')
+        return image.convert('RGB')
+
+
+def picture_size(path) -> tuple[int, int]:
+    """Width and height in pixels of the picture that `read_image` would give, from the file's header alone."""
+    with picture_errors(path), Image.open(path) as image:
+        width, height = image.size
+        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
+        return (height, width) if turned else (width, height)
+
+
+def clip_to_picture(objects, size, path) -> dict[str, list]:
+    """The objects of `parse_annotation` with their boxes cut at the edges of a picture of the given size
+    (width, height); those that lie outside of it are left out with a warning that names the file."""
+    width, height = size
+    clipped = {key: [] for key in objects}
+    for box, label, difficulty in zip(objects['boxes'], objects['labels'], objects['difficulties']):
+        inside = [max(box[0], 0), max(box[1], 0), min(box[2], width - 1), min(box[3], height - 1)]
+        if inside[0] >= inside[2] or inside[1] >= inside[3]:
+            warnings.warn(f"'{path}': left out an object whose box lies outside of the picture of {width}×{height}")
+            continue
+        for key, value in zip(clipped, (inside, label, difficulty)):
+            clipped[key].append(value)
+    return clipped
+
+
+def read_split(voc_path, split, label_map, unknown_labels) -> tuple[list[str], list[dict]]:
+    """The absolute paths of the pictures of one split ('trainval' or 'test') of a folder in VOC's layout, and
+    the objects in each."""
+    voc_path = Path(voc_path).resolve()
+    if not voc_path.is_dir():
+        raise InputError(f"VOC folder '{voc_path}' isn't there: set the path to where VOC lies, or set download")
+    list_path = voc_path / 'ImageSets' / 'Main' / f'{split}.txt'
+    try:
+        names = [line.strip() for line in list_path.read_text(encoding='utf-8').splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"'{list_path}', the list of pictures, can't be read ({error}): is '{voc_path}' a whole "
+                         "folder in VOC's layout, with 2007 test extracted over 2007 trainval?") from None
+    if not names:
+        raise InputError(f"'{list_path}' names no picture: write a picture's name without .jpg on each line")
+
+    images, objects = [], []
+    for name in tqdm(names, desc=f'{voc_path.name} {split}', unit=' pictures'):
+        image_path = voc_path / 'JPEGImages' / f'{name}.jpg'
+        annotation_path = voc_path / 'Annotations' / f'{name}.xml'
+        parsed = parse_annotation(annotation_path, label_map, unknown_labels)
+        images.append(str(image_path))
+        objects.append(clip_to_picture(parsed, picture_size(image_path), annotation_path))
+    return images, objects
+
+
+def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels):
+    """Reads VOC's annotations and writes what PascalVOCDataset reads, as five JSON files.
+
+    TRAIN_images.json and TEST_images.json list the pictures' absolute paths; TRAIN_objects.json and
+    TEST_objects.json give, at the same place of their list, the objects in the picture as `parse_annotation`
+    returns them; label_map.json is the label map with which they are encoded.
+
+    The training data are 2007 trainval and, if voc12_path isn't None, 2012 trainval; the test data are 2007
+    test. Raises InputError before anything is written if a folder, file or picture is missing or broken.
+    """
+    label_map, unknown_labels = make_label_map(labels), Counter()
+    splits = {'TRAIN': [(voc07_path, 'trainval')] + [(voc12_path, 'trainval')] * (voc12_path is not None),
+              'TEST': [(voc07_path, 'test')]}
+    files = {'label_map': label_map}
+    for split, sources in splits.items():
+        files[f'{split}_images'], files[f'{split}_objects'] = [], []
+        for path, voc_split in sources:
+            images, objects = read_split(path, voc_split, label_map, unknown_labels)
+            files[f'{split}_images'] += images
+            files[f'{split}_objects'] += objects
+
+    output_folder = Path(output_folder)
+    make_folder(output_folder)
+    for name, content in files.items():
+        with replaced_file(output_folder / f'{name}.json') as file:
+            file.write(json.dumps(content, ensure_ascii=False).encode())
+
+    for split in splits:
+        n_objects = sum(len(objects['boxes']) for objects in files[f'{split}_objects'])
+        print(f'{split}: {len(files[f"{split}_images"]):,} images with {n_objects:,} objects')
+    for label, count in unknown_labels.most_common():
+        print(f"Left out {count:,} objects labelled '{label}', which is none of the {len(labels)} labels")
+    print(f"The data lists are in '{output_folder.resolve()}'")
+
+
+# -------------------------------------------------------------------------------------------- transforms
+#
+# Zooming out is looking through a window that is larger than the picture, zooming in (cropping) is looking
+# through one that is smaller. Both only choose a rectangle (left, top, right, bottom) in the picture's own
+# pixel coordinates; `right` and `bottom` are the first column and row that no longer belong to it. So the
+# whole geometry is played with five numbers and the boxes, and pixels are touched once, at the end.
+
+IMAGE_SIZE = 300  # width and height in pixels of what SSD300 sees
+IMAGENET_MEAN = [0.485, 0.456, 0.406]  # of the pictures with which the VGG base was trained, RGB in [0, 1]
+IMAGENET_STD = [0.229, 0.224, 0.225]
+DISTORTIONS = ((F.adjust_brightness, 0.5, 1.5), (F.adjust_contrast, 0.5, 1.5), (F.adjust_saturation, 0.5, 1.5),
+               (F.adjust_hue, -18 / 255, 18 / 255))  # function and range of its factor, as in the Caffe code
+
+
+def photometric_distort(image):
+    """Brightness, contrast, saturation and hue changed at random, each with a chance of 50 %, in random order."""
+    for adjust, low, high in random.sample(DISTORTIONS, len(DISTORTIONS)):
+        if random.random() < 0.5:
+            image = adjust(image, random.uniform(low, high))
+    return image
+
+
+def zoom_out(width, height) -> tuple[int, int, int, int]:
+    """A window 1 to 4 times as wide and high as a picture, which lies at a random place inside it. Trains for
+    small objects (paper, section 3.6)."""
+    scale = random.uniform(1, 4)
+    window_width, window_height = int(scale * width), int(scale * height)
+    left = random.randint(0, window_width - width)
+    top = random.randint(0, window_height - height)
+    return -left, -top, window_width - left, window_height - top
+
+
+def random_crop(window, boxes):
+    """Zooms in: a smaller window inside the given one. Trains for large and for partly visible objects (paper,
+    section 2.2, "data augmentation").
+
+    :param boxes: objects in the picture's absolute boundary coordinates (n, 4)
+    :return: the window; the boxes in it (m, 4), cut at its edges; which of the n objects they are, bool (n)
+
+    The window is left as it is with a chance of 1 in 7 per round, or if there are no objects. Otherwise at
+    least one object stays in it: objects whose center is outside are dropped, and one of those that stay
+    overlaps with the crop at least as much as drawn by lot.
+    """
+    start, size = torch.tensor(window[:2]), torch.tensor(window[2:]) - torch.tensor(window[:2])
+    centers = (boxes[:, :2] + boxes[:, 2:]) / 2  # (n, 2)
+    while True:
+        min_overlap = random.choice((None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9))
+        if min_overlap is None or len(boxes) == 0:
+            return window, boxes, torch.ones(len(boxes), dtype=torch.bool)
+
+        # Fifty tries, then another overlap by lot. All tries are made at once; the first good one counts.
+        crop_size = (size * torch.empty(50, 2).uniform_(0.3, 1)).long()  # (50, 2): width and height
+        room = size - crop_size  # (50, 2)
+        first = start + (torch.rand(50, 2) * (room + 1)).long().minimum(room)  # (50, 2): left and top
+        last = first + crop_size - 1  # (50, 2): the last column and row of pixels inside
+        aspect_ratio = crop_size[:, 1] / crop_size[:, 0]  # (50)
+        contained = ((centers > first[:, None]) & (centers < last[:, None])).all(dim=2)  # (50, n)
+        overlap = find_jaccard_overlap(torch.cat((first, last), dim=1).float(), boxes)  # (50, n)
+        good = ((contained & (overlap >= min_overlap)).any(dim=1)
+                & (aspect_ratio > 0.5) & (aspect_ratio < 2))  # (50)
+        if good.any():
+            i = good.int().argmax()  # the first True
+            kept = contained[i]  # (n)
+            boxes = boxes[kept].clamp(min=first[i].repeat(2), max=last[i].repeat(2))  # (m, 4)
+            return (*first[i].tolist(), *(last[i] + 1).tolist()), boxes, kept
+
+
+def look_through(image, window=None, mirror=False, distort=False):
+    """What a window shows of a picture, as the network wants it: (3, 300, 300), RGB in [0, 1] normalised by the
+    mean and standard deviation of ImageNet.
+
+    :param image: PIL image, mode RGB
+    :param window: (left, top, right, bottom) in the image's pixels; None: the whole image
+    :param mirror: mirror it left to right
+    :param distort: change its colours at random
+    """
+    left, top, right, bottom = window or (0, 0, *image.size)
+    visible = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
+
+    # The place of the visible part among 300×300, rounded to whole pixels but never to nothing.
+    def place(low, high, start, end):
+        first = min(round((low - start) / (end - start) * IMAGE_SIZE), IMAGE_SIZE - 1)
+        return first, max(round((high - start) / (end - start) * IMAGE_SIZE), first + 1)
+
+    x1, x2 = place(visible[0], visible[2], left, right)
+    y1, y2 = place(visible[1], visible[3], top, bottom)
+    part = image.resize((x2 - x1, y2 - y1), Image.Resampling.BILINEAR, box=visible)
+    if distort:
+        part = photometric_distort(part)
+    if mirror:
+        part = ImageOps.mirror(part)
+        x1, x2 = IMAGE_SIZE - x2, IMAGE_SIZE - x1
+
+    # Around the picture lies ImageNet's mean colour, which normalisation makes 0.
+    canvas = torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)
+    canvas[:, y1:y2, x1:x2] = F.normalize(F.to_tensor(part), IMAGENET_MEAN, IMAGENET_STD)
+    return canvas
+
+
+def transform(image, boxes, labels, difficulties, split):
+    """A picture and its objects made ready for the network; for training, changed at random.
+
+    :param image: PIL image, mode RGB
+    :param boxes: absolute boundary coordinates, float (n, 4); a side's last pixel belongs to the object
+    :param labels: (n)
+    :param difficulties: (n)
+    :param split: 'TRAIN' zooms out, crops, mirrors and distorts colours; 'TEST' only resizes
+    :return: image (3, 300, 300), boxes in fractional boundary coordinates (m, 4), labels (m), difficulties (m);
+        a crop may drop objects, but never all of them. What was passed in stays as it was.
+    """
+    if split not in ('TRAIN', 'TEST'):
+        raise ValueError(f"split must be 'TRAIN' or 'TEST', not {split!r}")
+    train, mirror, window = split == 'TRAIN', False, (0, 0, *image.size)
+    if train:
+        if random.random() < 0.5:
+            window = zoom_out(*image.size)
+        window, boxes, kept = random_crop(window, boxes)
+        labels, difficulties = labels[kept], difficulties[kept]
+        mirror = random.random() < 0.5
+
+    image = look_through(image, window, mirror, distort=train)
+
+    left, top, right, bottom = window
+    width, height = right - left, bottom - top
+    boxes = boxes - torch.tensor([left, top, left, top])  # the window's own pixel coordinates
+    if mirror:
+        x_min, y_min, x_max, y_max = boxes.unbind(dim=1)
+        # Pixel 0 becomes the last one, width − 1; and what was the right side is now the left one.
+        boxes = torch.stack((width - 1 - x_max, y_min, width - 1 - x_min, y_max), dim=1)
+    boxes = boxes / torch.tensor([width, height, width, height])  # fractional
+    return image, boxes, labels, difficulties
+
+
+# -------------------------------------------------------------------------------------------- evaluation
+
+def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties):
+    """Tells true from false detections by the rules of VOC 2007's development kit.
+
+    The arguments are those of `calculate_mAP`. A detection finds, among the objects of its picture and class,
+    the one that it overlaps most, if by more than 0.5. Of several detections that find the same object, the
+    one with the highest score is true and the others are false; those that find a difficult object count
+    neither way and are left out.
+
+    :return: of the detections that count, by falling score: labels (d), scores (d), whether true, bool (d)
+    """
+    # One overlap matrix per picture: for each detection, the number of the object that it finds, or −1.
+    found, n_objects = [], 0
+    for boxes, labels, objects, object_labels in zip(det_boxes, det_labels, true_boxes, true_labels):
+        if len(boxes) and len(objects):
+            overlap = find_jaccard_overlap(boxes, objects)  # (n_detections, n_objects)
+            overlap = overlap.masked_fill(labels[:, None] != object_labels, 0)  # only objects of its class
+            overlap, best = overlap.max(dim=1)  # (n_detections)
+            found.append(torch.where(overlap > 0.5, best + n_objects, -1))
+        else:
+            found.append(torch.full((len(boxes),), -1, device=boxes.device))
+        n_objects += len(objects)
+
+    # From here on all pictures at once. A stable sort: equal scores stay in the order of the pictures.
+    scores, order = torch.cat(det_scores).sort(descending=True, stable=True)  # (D)
+    labels, found = torch.cat(det_labels)[order], torch.cat(found)[order]  # (D)
+    hit = found >= 0  # (D)
+    rank = torch.arange(len(found), device=found.device)  # (D)
+    first = torch.full((n_objects,), len(found), device=found.device)  # rank of each object's first detection
+    first = first.scatter_reduce(0, found[hit], rank[hit], 'amin')
+    true = torch.zeros_like(hit)
+    true[hit] = rank[hit] == first[found[hit]]
+    counts = torch.ones_like(hit)
+    counts[hit] = ~torch.cat(true_difficulties).bool()[found[hit]]
+    return labels[counts], scores[counts], true[counts]
+
+
+def average_precision(true, n_objects) -> float:
+    """The 11-point interpolated average precision of VOC 2007.
+
+    :param true: whether each detection of a class is true, by falling score, bool (d)
+    :param n_objects: how many objects there are to be found
+    :return: the mean, over the recalls 0, 0.1, …, 1, of the highest precision at this recall or a higher one
+    """
+    n_true = true.cumsum(dim=0)  # (d): after the best 1, 2, …, d detections
+    precision = n_true.double() / torch.arange(1, len(true) + 1, device=true.device)  # (d)
+    # Recall n_true / n_objects is compared with t / 10 in whole numbers: 3 of 10 does reach 0.3, which as a
+    # floating-point number it might miss by a rounding error.
+    reached = [precision[10 * n_true >= t * n_objects] for t in range(11)]
+    return sum(values.max().item() for values in reached if len(values)) / 11
+
+
+def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties,
+                  label_map=label_map) -> tuple[dict[str, float], float]:
+    """Average precision of each class and their mean, as VOC 2007 defines them (development kit, section 4.4).
+
+    All arguments but the last are lists with a tensor per picture, of its detections: boxes in boundary
+    coordinates (d, 4), labels (d), scores (d); and of its objects: boxes (n, 4), labels (n), difficulties (n).
+
+    :return: {label: AP}, mAP. A class without objects (difficult ones don't count) has no AP: it is nan, stays
+        out of the mean and is named in a warning.
+    """
+    labels, _, true = match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
+                                       true_difficulties)
+    countable = torch.cat(true_labels)[~torch.cat(true_difficulties).bool()]  # labels of the objects to be found
+    average_precisions = {}
+    for label, index in label_map.items():
+        if index > 0:
+            n_objects = int((countable == index).sum())
+            average_precisions[label] = average_precision(true[labels == index], n_objects) if n_objects else math.nan
+    missing = [label for label, value in average_precisions.items() if math.isnan(value)]
+    if missing:
+        warnings.warn(f'no objects to be found of {", ".join(missing)}: no AP, and left out of the mean')
+    values = [value for value in average_precisions.values() if not math.isnan(value)]
+    return average_precisions, sum(values) / len(values) if values else math.nan
+
+
+# ------------------------------------------------------------------------------------------- checkpoints
+
+def make_folder(path):
+    """Makes a folder for results, with those above it, unless it is there."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"can't make the folder '{path}' ({error.strerror}): choose another one") from None
+
+
+@contextmanager
+def replaced_file(path):
+    """A binary file to write to, which replaces `path` in one step once it is whole and on the disk. Whatever
+    happens in between – an error, a kill, a power cut –, `path` is the old file or the new one."""
+    path = Path(path)
+    temporary = path.with_name(path.name + '.tmp')  # in the same folder: a rename can't cross file systems
+    try:
+        with open(temporary, 'wb') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise InputError(f"can't write '{path}' ({error.strerror or error}): make room or choose another "
+                             'place; what was there before is unchanged') from None
+        raise
+
+
+def save_checkpoint(path, epoch, model, optimizer, scheduler, label_map, settings):
+    """Saves a training run after `epoch` finished epochs, in plain containers only.
+
+    The file holds epoch, model, optimizer and scheduler (state dicts), label_map and settings. It loads with
+    `torch.load(path, weights_only=True)`, which runs no code from the file, and replaces an older one in one step.
+    """
+    # The milestones of a MultiStepLR are a Counter: a dict is plainer and serves as well.
+    schedule = {key: dict(value) if isinstance(value, Counter) else value
+                for key, value in scheduler.state_dict().items()}
+    with replaced_file(path) as file:
+        torch.save({'epoch': epoch, 'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
+                    'scheduler': schedule, 'label_map': label_map, 'settings': settings}, file)
+
+
+def load_checkpoint(path) -> dict:
+    """What `save_checkpoint` wrote, with its tensors on the CPU. Raises InputError if the file is missing,
+    damaged or something else."""
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"checkpoint '{path}' isn't there: train one with train.py, or name another one") from None
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError):
+        raise InputError(f"checkpoint '{path}' can't be loaded: it is damaged or wasn't written by train.py") from None
+    if not isinstance(checkpoint, dict) or not {'epoch', 'model', 'label_map'} <= checkpoint.keys():
+        raise InputError(f"'{path}' isn't a checkpoint of this project: name one that train.py wrote")
+    return checkpoint
+
+
+def check_label_map(checkpoint_label_map, data_label_map):
+    """Raises InputError, showing both, if a checkpoint was trained for other classes than the data lists have."""
+    require(checkpoint_label_map == data_label_map,
+            f'the checkpoint has the classes {checkpoint_label_map} but the data lists have {data_label_map}: use data '
+            'lists and a checkpoint that belong together')
+
+
+# --------------------------------------------------------------------------------------- script settings
+
+def require(condition, message):
+    """Raises InputError with the message unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def current_settings(script) -> dict:
+    """{name: value} of a script's annotated constants."""
+    return {name: getattr(script, name) for name in typing.get_type_hints(script)}
+
+
+def override_settings(script):
+    """Sets a script's annotated constants from the command line, each by its own name.
+
+    `batch_size: int = 8` becomes `--batch_size 4`. Understood are int, float, str, bool (`--augment`,
+    `--no-augment`), `X | None` (`--grad_clip None`) and `list[X]` (`--decay_lr_at 154 193`). `--help` shows
+    each with its default and the comment behind it.
+    """
+    parser = argparse.ArgumentParser(description=script.__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f'{parser.prog}: {message}; --help lists the settings\n')
+    comments = dict(re.findall(r'^(\w+): .*?  # (.*)$', inspect.getsource(script), re.MULTILINE))
+    for name, kind in typing.get_type_hints(script).items():
+        optional = type(None) in typing.get_args(kind)
+        if optional:
+            kind = next(choice for choice in typing.get_args(kind) if choice is not type(None))
+        many = typing.get_origin(kind) is list
+        if many:
+            kind, = typing.get_args(kind)
+        default = getattr(script, name)
+        text = f'{comments.get(name, "")} (default: {default})'.replace('%', '%%')
+        if kind is bool:
+            parser.add_argument(f'--{name}', action=argparse.BooleanOptionalAction, default=default, help=text)
+            continue
+
+        def convert(value, kind=kind, optional=optional):
+            return None if optional and value == 'None' else kind(value)
+
+        convert.__name__ = kind.__name__  # for argparse's "invalid int value: 'x'"
+        parser.add_argument(f'--{name}', type=convert, nargs='*' if many else None, default=default, help=text,
+                            metavar=kind.__name__.upper())
+    for name, value in vars(parser.parse_args()).items():
+        setattr(script, name, None if value == [None] else value)
+
+
+def run_script(script):
+    """Runs a script's main() with its settings from the command line. What the user can mend is told in one
+    sentence on standard error, with exit status 1."""
+    override_settings(script)
+    warnings.formatwarning = lambda message, *_, **__: f'Warning: {message}\n'
+    try:
+        script.main()
+    except InputError as error:
+        # From a worker of a DataLoader it arrives wrapped in that worker's traceback; the last line is ours.
+        sys.exit('Error: ' + str(error).splitlines()[-1].removeprefix('utils.InputError: '))
+    except KeyboardInterrupt:
+        sys.exit('Stopped.')
