@@ -3,10 +3,11 @@
     python create_data_lists.py                  # the embedded sample: sixteen pictures of emoji
     python create_data_lists.py --download       # fetches PASCAL VOC 2007 and 2012 (2.8 GB) and uses that
     python create_data_lists.py --voc07_path /data/VOCdevkit/VOC2007 --voc12_path /data/VOCdevkit/VOC2012
+    python create_data_lists.py --voc07_path /data/fruit --voc12_path None --labels apple pear plum
 
-Writes TRAIN_images.json, TRAIN_objects.json, TEST_images.json, TEST_objects.json and label_map.json to
-output_folder. Training data are 2007 trainval and 2012 trainval, test data 2007 test; the archives of 2007 trainval and
-2007 test must be extracted to the same place.
+Writes TRAIN_images.json, TRAIN_objects.json, TEST_images.json, TEST_objects.json and label_map.json to output_folder.
+Training data are trainval of 2007 and 2012, test data are test of 2007. Both archives of 2007 must be extracted to the
+same place.
 """
 
 import sys
@@ -14,13 +15,14 @@ from pathlib import Path
 
 from torchvision.datasets import VOCDetection
 
-from utils import InputError, create_data_lists, make_folder, run_script
+from utils import InputError, create_data_lists, make_folder, run_script, voc_labels
 
-voc07_path: str = 'img/emoji_voc/VOC2007'  # folder with Annotations, ImageSets and JPEGImages of VOC 2007
-voc12_path: str | None = 'img/emoji_voc/VOC2012'  # the same of VOC 2012; None: train on 2007 alone
+voc07_path: str = 'img/emoji_voc/VOC2007'  # folder with Annotations, ImageSets and JPEGImages: training and test
+voc12_path: list[str] | None = ['img/emoji_voc/VOC2012']  # more such folders, for training only; None: no more
+labels: list[str] = list(voc_labels)  # names of the classes, as the annotations have them; VOC's twenty
 output_folder: str = 'data'  # where the lists go
-download: bool = False  # fetch VOC from its makers instead, and use it in place of the two paths
-download_folder: str = 'voc'  # where a download goes: it fills 2.8 GB with archives and as much again with pictures
+download: bool = False  # fetch VOC from its makers instead, and use it in place of the paths
+download_folder: str = 'voc'  # where a download goes: 2.8 GB of archives, and as much again when extracted
 
 
 def download_voc(folder) -> tuple[Path, Path]:
@@ -40,7 +42,7 @@ def download_voc(folder) -> tuple[Path, Path]:
 
 def main():
     paths = download_voc(download_folder) if download else (voc07_path, voc12_path)
-    create_data_lists(*paths, output_folder)
+    create_data_lists(*paths, output_folder, labels)
 
 
 if __name__ == '__main__':

@@ -31,9 +31,9 @@ class PascalVOCDataset(Dataset):
         self.keep_difficult = keep_difficult
         self.augment = self.split == 'TRAIN' if augment is None else augment
 
-        self.images = read_list(data_folder, f'{self.split}_images.json')
-        self.objects = read_list(data_folder, f'{self.split}_objects.json')
-        self.label_map = read_list(data_folder, 'label_map.json')
+        self.images = read_list(data_folder, f'{self.split}_images.json', list)
+        self.objects = read_list(data_folder, f'{self.split}_objects.json', list)
+        self.label_map = read_list(data_folder, 'label_map.json', dict)
         if len(self.images) != len(self.objects):
             raise InputError(f"'{data_folder}' has lists of {len(self.images)} images but of {len(self.objects)} "
                              'images\' objects: make them again with create_data_lists.py')
@@ -58,11 +58,14 @@ class PascalVOCDataset(Dataset):
         return torch.stack(images), list(boxes), list(labels), list(difficulties)
 
 
-def read_list(data_folder, name):
-    """The content of one of the JSON files. Raises InputError if it isn't there or is damaged."""
+def read_list(data_folder, name, kind):
+    """The content of one of the JSON files, a list or a dict. Raises InputError if it isn't there or is damaged."""
     path = Path(data_folder) / name
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
+        content = json.loads(path.read_text(encoding='utf-8'))
+        if not isinstance(content, kind) or not content:
+            raise ValueError(f'it must hold a {kind.__name__} that isn\'t empty')
+        return content
     except FileNotFoundError:
         raise InputError(f"data list '{path}' isn't there: run create_data_lists.py first, or set data_folder to the "
                          'folder that it wrote') from None

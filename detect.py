@@ -1,44 +1,70 @@
-"""Finds the objects in a picture.
+"""Finds the objects in pictures.
 
-    python detect.py                                       # a picture of the sample
-    python detect.py --image photo.jpg --min_score 0.4     # a picture of one's own
+    python detect.py                                            # a picture of the sample
+    python detect.py --image photo.jpg --min_score 0.4          # a picture of one's own
+    python detect.py --image holiday/ cat.png --save_json       # all pictures of a folder, and another one
 
-Prints a line per object, saves a copy of the picture with the objects drawn in, and shows it if there is a screen.
+Prints a line per object with its label, score and box in pixels, and saves a copy of each picture with the objects
+drawn in. A single picture is shown, too, if there is a screen.
 """
 
 import functools
+import json
 import os
 import sys
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
+from tqdm import tqdm
 
-from model import load_model
-from utils import look_through, make_folder, make_label_colors, read_image, replaced_file, require, run_script
+from model import load_coco_model, load_model
+from utils import (InputError, autocast, look_through, make_folder, make_label_colors, read_image, replaced_file,
+                   require, run_script)
 
-checkpoint: str = 'checkpoint_ssd300.pth'  # the trained network, a file that train.py wrote
-image: str = 'img/emoji_voc/VOC2007/JPEGImages/000001.jpg'  # the picture, in any format that Pillow reads
+checkpoint: str = 'checkpoint_ssd300.pth'  # a file that train.py wrote; 'coco': torchvision's network, trained on COCO
+image: list[str] = ['img/emoji_voc/VOC2007/JPEGImages/000009.jpg']  # pictures of any format, or folders of pictures
 min_score: float = 0.2  # only objects with a greater score; lower finds more, and more that isn't there
 max_overlap: float = 0.5  # boxes of a class that overlap by more are one object; higher lets more duplicates through
-top_k: int = 200  # at most this many objects, the best ones
+top_k: int = 200  # at most this many objects per picture, the best ones
 suppress: list[str] | None = None  # classes to leave out; None: all are shown
-output: str = 'detections'  # folder for the annotated copy, or a file's name for it that ends in .jpg, .png, …
+output: str = 'detections'  # folder for the annotated copies; for one picture, also a file's name: .jpg, .png, …
+save_json: bool = False  # write the objects of all pictures to detections.json, beside the copies
+precision: str = 'float32'  # or 'bfloat16', faster on recent GPUs and CPUs
 
 
 def main():
     check_settings()
-    original_image = read_image(image)
+    paths = find_pictures(image)
+    outputs = output_paths(paths)
     _, label_map = load_detector(checkpoint)
     for label in suppress or ():
         require(label in label_map, f"suppress names '{label}', but the classes are {', '.join(list(label_map)[1:])}")
 
-    objects = find_objects(original_image, min_score, max_overlap, top_k, suppress)
-    annotated = draw_objects(original_image, objects, make_label_colors(label_map))
-    for label, score, box in objects:
-        print(f'{label:<15} {score:.3f}  ({", ".join(f"{value:.0f}" for value in box)})')
-    print(f'{len(objects)} objects, drawn in {save_image(annotated, output_path(image))}')
-    show(annotated)
+    colors, found, failed = make_label_colors(label_map), {}, 0
+    for path, output_path in zip(tqdm(paths, unit='picture', disable=len(paths) == 1), outputs):
+        try:
+            original_image = read_image(path)
+            objects = find_objects(original_image, min_score, max_overlap, top_k, suppress)
+            annotated = draw_objects(original_image, objects, colors)
+            save_image(annotated, output_path)
+        except InputError as error:
+            if len(paths) == 1:
+                raise
+            failed += 1
+            tqdm.write(f'Error: {error}', file=sys.stderr)
+            continue
+        found[str(path)] = [{'label': label, 'score': score, 'box': box} for label, score, box in objects]
+        for label, score, box in objects:
+            tqdm.write(f'{label:<15} {score:.3f}  ({", ".join(f"{value:.0f}" for value in box)})')
+        tqdm.write(f'{len(objects)} objects in {path}, drawn in {output_path}')
+
+    if save_json:
+        with replaced_file(outputs[0].parent / 'detections.json') as file:
+            file.write(json.dumps(found, indent=2).encode())
+    if len(paths) == 1:
+        show(annotated)
+    require(not failed, f'{failed} of {len(paths)} pictures failed; the others are done')
 
 
 def detect(original_image, min_score, max_overlap, top_k, suppress=None):
@@ -62,8 +88,9 @@ def find_objects(original_image, min_score, max_overlap, top_k, suppress=None):
     model, label_map = load_detector(checkpoint)
     names = {index: label for label, index in label_map.items()}
     device = model.priors_cxcy.device
-    pixels = look_through(original_image.convert('RGB')).unsqueeze(0).to(device)  # (1, 3, 300, 300)
-    predicted_locs, predicted_scores = model(pixels)  # (1, 8732, 4), (1, 8732, n_classes)
+    pixels = look_through(original_image.convert('RGB'), mean=model.image_mean, std=model.image_std)
+    with autocast(device, precision):
+        predicted_locs, predicted_scores = model(pixels.unsqueeze(0).to(device))  # (1, 8732, 4), (1, 8732, n_classes)
     boxes, labels, scores = model.detect_objects(predicted_locs, predicted_scores, min_score, max_overlap, top_k)
     # An object may reach beyond the picture's edge; what can be drawn ends there.
     width, height = original_image.size
@@ -75,8 +102,9 @@ def find_objects(original_image, min_score, max_overlap, top_k, suppress=None):
 @functools.lru_cache(maxsize=1)
 def load_detector(checkpoint):
     """The network of a checkpoint, on the GPU if there is one, and its label map; loaded once."""
-    model, label_map = load_model(checkpoint)
-    return model.to('cuda' if torch.cuda.is_available() else 'cpu'), label_map
+    model, label_map = load_coco_model() if checkpoint == 'coco' else load_model(checkpoint)
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    return model.to(device, memory_format=torch.channels_last), label_map
 
 
 def draw_objects(original_image, objects, colors):
@@ -89,7 +117,9 @@ def draw_objects(original_image, objects, colors):
     font = ImageFont.load_default(size=max(12, round(min(width, height) / 25)))
     draw = ImageDraw.Draw(annotated)
     for label, score, (x_min, y_min, x_max, y_max) in reversed(objects):  # the surest last, on top
-        draw.rectangle((x_min, y_min, x_max, y_max), outline=colors[label], width=line)
+        # The last column and row are width − 1 and height − 1: a frame there is drawn whole.
+        draw.rectangle((min(x_min, width - 1), min(y_min, height - 1), min(x_max, width - 1), min(y_max, height - 1)),
+                       outline=colors[label], width=line)
 
         text = f'{label} {score:.2f}'
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
@@ -97,33 +127,56 @@ def draw_objects(original_image, objects, colors):
         # Above the frame, or inside it if there is no room; never outside of the picture.
         x = max(0, min(x_min, width - text_width))
         y = max(0, y_min - text_height if y_min >= text_height else min(y_min, height - text_height))
-        draw.rectangle((x, y, x + text_width, y + text_height), fill=colors[label])
+        draw.rectangle((x, y, x + text_width - 1, y + text_height - 1), fill=colors[label])
         draw.text((x + line - left, y + line - top), text, font=font, fill=readable_on(colors[label]))
     return annotated
 
 
 def readable_on(color):
     """Black or white, whichever stands out against a colour."""
-    return 'black' if ImageColor.getcolor(color, 'L') > 140 else 'white'
+    return 'black' if ImageColor.getcolor(color, 'L') > 110 else 'white'
 
 
-def output_path(image_path):
-    """Where the annotated copy goes."""
-    path = Path(output)
-    if path.suffix.lower() not in Image.registered_extensions():
-        path = path / Path(image_path).name
-    require(path.resolve() != Path(image_path).resolve(), f"output would overwrite the picture '{image_path}' itself")
-    return path
+def find_pictures(names) -> list[Path]:
+    """The pictures named, and in place of a folder all pictures in it, by name."""
+    paths = []
+    for path in map(Path, names):
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in Image.registered_extensions())
+            require(inside, f"the folder '{path}' holds no picture: name another one")
+            paths += inside
+        else:
+            paths.append(path)
+    require(paths, 'no picture is named: set image')
+    return paths
+
+
+def output_paths(paths) -> list[Path]:
+    """Where the annotated copies of pictures go, in the same order."""
+    formats = Image.registered_extensions()  # {'.jpg': 'JPEG', …}
+    if Path(output).suffix.lower() in formats:
+        require(len(paths) == 1, f"output must be a folder for {len(paths)} pictures, not the file '{output}'")
+        outputs = [Path(output)]
+    else:
+        outputs = [Path(output, path.name) for path in paths]
+    # A format that is unknown, or that Pillow can read but not write, becomes JPEG.
+    outputs = [path if formats.get(path.suffix.lower()) in Image.SAVE else path.with_suffix('.jpg') for path in outputs]
+    for path, output_path in zip(paths, outputs):
+        require(path.resolve() != output_path.resolve(), f"output would overwrite the picture '{path}' itself")
+        require(outputs.count(output_path) == 1, f"the copies of several pictures would all be '{output_path}': "
+                                                 'detect in one folder at a time')
+    return outputs
 
 
 def save_image(image, path):
-    """Saves a picture in the format that its name tells, or in JPEG's, and returns the path."""
-    image_format = Image.registered_extensions().get(path.suffix.lower())
-    if image_format not in Image.SAVE:
-        path, image_format = path.with_suffix('.jpg'), 'JPEG'
+    """Saves a picture in the format that its name tells, and returns the path."""
     make_folder(path.parent)
     with replaced_file(path) as file:
-        image.save(file, image_format)
+        try:
+            image.save(file, Image.registered_extensions()[path.suffix.lower()])
+        except (ValueError, OverflowError, RuntimeError) as error:  # for formats have limits: WebP's is 16,383 pixels
+            raise InputError(f"can't save the picture as '{path}' ({error}): choose an output that ends in "
+                             '.png') from None
     return path
 
 
@@ -140,6 +193,7 @@ def check_settings():
     require(0 <= min_score < 1, f'min_score must be at least 0 and less than 1, not {min_score}')
     require(0 <= max_overlap <= 1, f'max_overlap must be between 0 and 1, not {max_overlap}')
     require(top_k >= 1, f'top_k must be at least 1, not {top_k}')
+    autocast(torch.device('cpu'), precision)
 
 
 if __name__ == '__main__':

@@ -1,27 +1,37 @@
 """Measures the mean average precision (mAP) of a trained SSD300, by the rules of PASCAL VOC 2007.
 
-    python eval.py                                         # checkpoint_ssd300.pth on the test split
-    python eval.py --split train                           # on what it was trained with: has it learned at all?
+    python eval.py                     # checkpoint_ssd300.pth on the test split
+    python eval.py --split train       # on what it was trained with: has it learned at all?
 
-Needs the data lists of create_data_lists.py. Prints a table with the average precision of each class.
+Needs the data lists of create_data_lists.py. Prints a table of the classes, and writes it as report.json, with the
+precision–recall curves as precision_recall.png, to output_folder.
 """
 
+import json
+import math
 import os
 import sys
+from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets import PascalVOCDataset
 from model import load_model
-from utils import calculate_mAP, check_label_map, label_map, require, run_script
+from utils import (area_under_curve, autocast, average_precision, calculate_mAP, check_label_map, label_map,
+                   make_folder, make_label_colors, mean_of_classes, rank_detections, replaced_file, require, run_script,
+                   warn_about_workers)
 
 data_folder: str = 'data'  # where create_data_lists.py put the data lists
 checkpoint: str = 'checkpoint_ssd300.pth'  # the trained network, a file that train.py wrote
 split: str = 'test'  # 'test' or 'train'
 batch_size: int = 16  # images per forward pass; changes the speed and the memory needed, not the result
 workers: int = min(4, os.cpu_count() or 1)  # processes that read pictures; 0: the main one reads them itself
+precision: str = 'float32'  # or 'bfloat16', faster on recent GPUs and CPUs
+sure_score: float = 0.5  # precision and recall are told for detections with at least this score
+output_folder: str = 'evaluation'  # where report.json and precision_recall.png go
 
 # With these, results compare with the paper's and others'. They aren't settings.
 MIN_SCORE = 0.01  # so low that the precision–recall curve gets its long tail
@@ -40,15 +50,18 @@ def main():
     loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=dataset.collate_fn,
                         pin_memory=device.type == 'cuda')
 
-    average_precisions, mean = evaluate(loader, model, dataset.label_map)
-    n_objects = count_objects(dataset)
-    print(f'{"class":<20}{"objects":>10}{"AP":>10}')
-    for label, value in average_precisions.items():
-        print(f'{label:<20}{n_objects[label]:>10,}{value:>10.4f}')
-    print(f'mAP of {len(dataset):,} images: {mean:.4f}')
+    with autocast(device, precision):
+        ranked = rank_detections(*detect_all(loader, model), dataset.label_map)
+    report = {'checkpoint': str(checkpoint), 'split': split, 'images': len(dataset), **make_report(ranked)}
+    print_report(report)
+    make_folder(output_folder)
+    with replaced_file(Path(output_folder, 'report.json')) as file:
+        file.write(json.dumps(without_nan(report), indent=2).encode())
+    with replaced_file(Path(output_folder, 'precision_recall.png')) as file:
+        draw_curves(ranked, make_label_colors(dataset.label_map)).save(file, 'PNG')
+    print(f'Saved report.json and precision_recall.png in {output_folder}')
 
 
-@torch.no_grad()
 def evaluate(test_loader, model, label_map=label_map):
     """Detects the objects in all pictures of a loader and compares them with the true ones.
 
@@ -56,34 +69,83 @@ def evaluate(test_loader, model, label_map=label_map):
     :param model: SSD300
     :return: {label: average precision}, mAP; see `calculate_mAP`
     """
+    return calculate_mAP(*detect_all(test_loader, model), label_map)
+
+
+@torch.no_grad()
+def detect_all(test_loader, model):
+    """The detections in all pictures of a loader, and the true objects: six lists with a tensor per picture, the
+    arguments of `calculate_mAP`."""
     model.eval()
     device = model.priors_cxcy.device
-    detections, truths = [], []
+    results = tuple([] for _ in range(6))
     for images, *truth in tqdm(test_loader, desc='Evaluating', unit='batch'):
         images = images.to(device, non_blocking=True)  # (N, 3, 300, 300)
         predicted_locs, predicted_scores = model(images)  # (N, 8732, 4), (N, 8732, n_classes)
-        found = model.detect_objects(predicted_locs, predicted_scores, MIN_SCORE, MAX_OVERLAP, TOP_K)
-        detections.append([[tensor.cpu() for tensor in tensors] for tensors in found])
-        truths.append(truth)
-    # From batches of (boxes, labels, scores) to one list of boxes, one of labels, …, with a tensor per picture.
-    det_boxes, det_labels, det_scores = ([t for batch in column for t in batch] for column in zip(*detections))
-    boxes, labels, difficulties = ([t for batch in column for t in batch] for column in zip(*truths))
-    return calculate_mAP(det_boxes, det_labels, det_scores, boxes, labels, difficulties, label_map)
+        detections = model.detect_objects(predicted_locs, predicted_scores, MIN_SCORE, MAX_OVERLAP, TOP_K)
+        for result, batch in zip(results, (*detections, *truth)):
+            result.extend(tensor.cpu() for tensor in batch)
+    return results
 
 
-def count_objects(dataset):
-    """{label: number of objects that aren't difficult}"""
-    counts = dict.fromkeys(dataset.label_map, 0)
-    names = {index: label for label, index in dataset.label_map.items()}
-    for objects in dataset.objects:
-        for label, difficult in zip(objects['labels'], objects['difficulties']):
-            counts[names[label]] += not difficult
-    return counts
+def make_report(ranked) -> dict:
+    """The figures of the report, from `rank_detections`."""
+    classes = {}
+    for label, (scores, true, n_objects) in ranked.items():
+        sure = true[scores >= sure_score]
+        classes[label] = {'objects': n_objects, 'AP': average_precision(true, n_objects),
+                          'AP_area': area_under_curve(true, n_objects),
+                          'precision': sure.float().mean().item(),  # nan if there is none
+                          'recall': sure.sum().item() / n_objects if n_objects else math.nan}
+    return {'mAP': mean_of_classes(row['AP'] for row in classes.values()),
+            'mAP_area': mean_of_classes(row['AP_area'] for row in classes.values()),
+            'sure_score': sure_score, 'classes': classes}
+
+
+def print_report(report):
+    columns = ('objects', 'AP', 'AP_area', 'precision', 'recall')
+    print(f'{"class":<16}' + ''.join(f'{column:>10}' for column in columns))
+    for label, row in report['classes'].items():
+        print(f'{label:<16}{row["objects"]:>10,}' + ''.join(f'{row[column]:>10.4f}' for column in columns[1:]))
+    print(f'AP by 11 points as in VOC 2007, AP_area as from VOC 2010 on; precision and recall of detections with a '
+          f'score of at least {sure_score}')
+    print(f'mAP of {report["images"]:,} images: {report["mAP"]:.4f} (area: {report["mAP_area"]:.4f})')
+
+
+def without_nan(value):
+    """The same with None in place of nan, which JSON doesn't know."""
+    if isinstance(value, dict):
+        return {key: without_nan(part) for key, part in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def draw_curves(ranked, colors):
+    """One picture with the precision–recall curve of each class: recall from 0 to 1 to the right, precision upwards."""
+    size, margin, columns = 180, 28, 5  # pixels of a plot, pixels around it, plots side by side
+    step = size + 2 * margin
+    image = Image.new('RGB', (columns * step, -(-len(ranked) // columns) * step), 'white')
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
+    for i, (label, (_, true, n_objects)) in enumerate(ranked.items()):
+        left, top = i % columns * step + margin, i // columns * step + margin
+        for tenth in range(0, 11, 5):  # grid
+            offset = size * tenth // 10
+            draw.line((left, top + size - offset, left + size, top + size - offset), fill='lightgray')
+            draw.line((left + offset, top, left + offset, top + size), fill='lightgray')
+        title = f'{label} {average_precision(true, n_objects):.3f}'
+        draw.text((left, top - 20), title, font=font, fill='black')
+        if n_objects and len(true):
+            n_true = true.cumsum(dim=0)
+            precision = n_true / torch.arange(1, len(true) + 1)
+            points = zip((left + size * n_true / n_objects).tolist(), (top + size * (1 - precision)).tolist())
+            draw.line([(left, top + size * (1 - precision[0].item())), *points], fill=colors[label], width=3)
+    return image
 
 
 def check_settings():
     require(batch_size >= 1, f'batch_size must be at least 1, not {batch_size}')
-    require(workers >= 0, f'workers must be 0 or more, not {workers}')
+    require(0 <= sure_score <= 1, f'sure_score must be between 0 and 1, not {sure_score}')
+    warn_about_workers(workers)
+    autocast(torch.device('cpu'), precision)
 
 
 if __name__ == '__main__':

@@ -3,16 +3,20 @@
 Shapes in the comments: N images in a batch, 8732 priors, n_classes with the background as class 0.
 """
 
+import pickle
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
 from torchvision.models import VGG16_Weights
+from torchvision.models.detection import SSD300_VGG16_Weights
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms
 
-from utils import (IMAGE_SIZE, InputError, cxcy_to_gcxgcy, cxcy_to_xy, decimate, find_jaccard_overlap, gcxgcy_to_cxcy,
-                   load_checkpoint, xy_to_cxcy)
+from utils import (IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, InputError, cxcy_to_gcxgcy, cxcy_to_xy, decimate,
+                   find_jaccard_overlap, gcxgcy_to_cxcy, load_checkpoint, make_label_map, xy_to_cxcy)
 
 
 class FeatureMap(NamedTuple):
@@ -95,18 +99,22 @@ class VGGBase(nn.Module):
         fc6 (4096, 25088) is reshaped to the convolution (4096, 512, 7, 7) that it is and decimated to conv6
         (1024, 512, 3, 3); fc7 (4096, 4096) likewise to conv7 (1024, 1024, 1, 1).
         """
-        source = VGG16_Weights.IMAGENET1K_V1
-        try:
-            pretrained = source.get_state_dict(progress=True, check_hash=True, weights_only=True)
-        except (OSError, RuntimeError) as error:
-            raise InputError(
-                f'the pretrained VGG-16 can\'t be downloaded ({error}): train with --no-pretrained, or put '
-                f'{source.url} into {torch.hub.get_dir()}/checkpoints') from None
+        pretrained = download_weights(VGG16_Weights.IMAGENET1K_V1, 'train with --no-pretrained')
         layers = list(pretrained.values())  # weight and bias of each convolution in turn, then of fc6, fc7, fc8
         fc6_weight, fc6_bias, fc7_weight, fc7_bias = layers[26:30]
         layers[26:] = [decimate(fc6_weight.view(4096, 512, 7, 7), m=(4, None, 3, 3)), decimate(fc6_bias, m=(4,)),
                        decimate(fc7_weight.view(4096, 4096, 1, 1), m=(4, 4, None, None)), decimate(fc7_bias, m=(4,))]
         self.load_state_dict(dict(zip(self.state_dict(), layers, strict=True)))
+
+
+def download_weights(source, instead) -> dict:
+    """The state dict of some of torchvision's pretrained weights, downloaded once. Raises InputError, telling what to
+    do instead, if that fails."""
+    try:
+        return source.get_state_dict(progress=True, check_hash=True, map_location='cpu', weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f'{source.url} can\'t be downloaded ({error}): {instead}, or put that file into '
+                         f'{torch.hub.get_dir()}/checkpoints') from None
 
 
 class AuxiliaryConvolutions(nn.Module):
@@ -151,8 +159,8 @@ class PredictionConvolutions(nn.Module):
             score = getattr(self, f'cl_{feature_map.name}')(feature)  # (N, n_priors · n_classes, grid, grid)
             # Channels last, so that flattening walks row by row, position by position, prior by prior: the
             # order in which create_prior_boxes() makes the priors.
-            locs.append(loc.permute(0, 2, 3, 1).reshape(len(loc), -1, 4))
-            scores.append(score.permute(0, 2, 3, 1).reshape(len(score), -1, self.n_classes))
+            locs.append(loc.permute(0, 2, 3, 1).reshape(loc.shape[0], -1, 4))
+            scores.append(score.permute(0, 2, 3, 1).reshape(score.shape[0], -1, self.n_classes))
         return torch.cat(locs, dim=1), torch.cat(scores, dim=1)
 
 
@@ -165,6 +173,10 @@ def init_xavier(module):
 
 class SSD300(nn.Module):
     """The whole network: base, auxiliary and prediction convolutions."""
+
+    # How images are normalised for it, and whether predicted boxes are cut at the image's edges before non-maximum
+    # suppression. `load_coco_model` sets them otherwise, on its own network.
+    image_mean, image_std, clip_boxes = IMAGENET_MEAN, IMAGENET_STD, False
 
     def __init__(self, n_classes):
         """:param n_classes: number of classes, background included: 21 for VOC"""
@@ -185,7 +197,8 @@ class SSD300(nn.Module):
         if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(f'images must be of shape (N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), not {tuple(images.shape)}')
         conv4_3, conv7 = self.base(images)  # (N, 512, 38, 38), (N, 1024, 19, 19)
-        rescaled = F.normalize(conv4_3, dim=1) * self.rescale_factors  # has an epsilon against division by 0
+        # In float32, whatever autocast does: a sum of 512 squares needs it. normalize() never divides by 0.
+        rescaled = F.normalize(conv4_3.float(), dim=1) * self.rescale_factors  # (N, 512, 38, 38)
         return self.pred_convs(rescaled, conv7, *self.aux_convs(conv7))
 
     def create_prior_boxes(self):
@@ -227,6 +240,8 @@ class SSD300(nn.Module):
             raise ValueError(f'there are {n_priors} priors, but predictions of shape {tuple(predicted_locs.shape)} and '
                              f'{tuple(predicted_scores.shape)}')
         all_boxes = cxcy_to_xy(gcxgcy_to_cxcy(predicted_locs.float(), self.priors_cxcy))  # (N, 8732, 4)
+        if self.clip_boxes:
+            all_boxes = all_boxes.clamp(0, 1)
         all_scores = predicted_scores.float().softmax(dim=2)[:, :, 1:]  # (N, 8732, n_classes − 1)
 
         detections = [self._detect(boxes, scores, min_score, max_overlap, top_k)
@@ -237,20 +252,22 @@ class SSD300(nn.Module):
     def _detect(self, boxes, class_scores, min_score, max_overlap, top_k):
         """Non-maximum suppression for one image: boxes (8732, 4), class_scores (8732, n_classes − 1)."""
         # Each pair of prior and class above min_score is a candidate; a prior may be one for several classes.
-        prior, label = (class_scores > min_score).nonzero(as_tuple=True)  # (n_candidates)
-        scores, order = class_scores[prior, label].sort(descending=True, stable=True)  # (n_candidates)
-        boxes, labels = boxes[prior[order]], label[order] + 1  # (n_candidates, 4), (n_candidates)
+        priors, labels = (class_scores > min_score).nonzero(as_tuple=True)  # (n_candidates)
+        scores, order = class_scores[priors, labels].sort(descending=True, stable=True)  # (n_candidates)
+        priors, labels = priors[order], labels[order] + 1  # (n_candidates): by falling score, and from 1 on
+
+        # batched_nms keeps classes apart by shifting each to a place of its own. In float32, the shift would cost
+        # coordinates their last digits; and it is far enough only if no coordinate is negative.
+        shifted = boxes.double() - boxes.min().double()  # (8732, 4)
 
         # Whether a candidate stays depends on those with higher scores alone. So the best few thousand are enough
         # if they leave top_k objects; early in training, there are 90,000 candidates. The result is the same.
         n = 2000
         while True:
-            # In float64: batched_nms keeps classes apart by shifting each to a place of its own, which would cost
-            # float32 coordinates their last digits.
-            kept = batched_nms(boxes[:n].double(), scores[:n].double(), labels[:n], max_overlap)
+            kept = batched_nms(shifted[priors[:n]], scores[:n].double(), labels[:n], max_overlap)
             if len(kept) >= top_k or n >= len(scores):
                 kept = kept.sort().values[:top_k]  # candidates are in the order of their scores: so are these
-                return boxes[kept], labels[kept], scores[kept]
+                return boxes[priors[kept]], labels[kept], scores[kept]
             n *= 2
 
 
@@ -263,13 +280,70 @@ def load_model(checkpoint_path) -> tuple[SSD300, dict[str, int]]:
     return model.eval(), checkpoint['label_map']
 
 
-def load_weights(model, checkpoint, checkpoint_path):
-    """Puts the weights of a loaded checkpoint into a network. Raises InputError if they don't fit."""
+def load_weights(model, checkpoint, checkpoint_path, class_heads=True):
+    """Puts the weights of a loaded checkpoint into a network; without class_heads, all but those of the class
+    prediction convolutions. Raises InputError if they don't fit."""
+    own = {} if class_heads else {name: weights for name, weights in model.state_dict().items()
+                                  if name.startswith('pred_convs.cl_')}
     try:
-        model.load_state_dict(checkpoint['model'])
+        model.load_state_dict({**checkpoint['model'], **own})
     except (RuntimeError, AttributeError, TypeError):
         raise InputError(f"checkpoint '{checkpoint_path}' doesn't hold the weights of an SSD300 with {model.n_classes} "
                          'classes: name one that train.py wrote') from None
+
+
+def start_from_checkpoint(model, checkpoint_path, label_map):
+    """Fine-tuning: puts a checkpoint's weights into a new network, those of the class heads only if its classes are
+    the same. Says which. Raises InputError if the checkpoint can't be used."""
+    checkpoint = load_checkpoint(checkpoint_path)
+    same_classes = checkpoint['label_map'] == label_map
+    load_weights(model, checkpoint, checkpoint_path, class_heads=same_classes)
+    print(f'Fine-tuning {checkpoint_path}'
+          + ('' if same_classes else ', whose classes are others: the class heads start anew'))
+
+
+def load_coco_model() -> tuple[SSD300, dict[str, int]]:
+    """torchvision's SSD300, trained on COCO, as an SSD300 of ours ready for detection, and the label map of COCO's
+    classes. Raises InputError if its weights (a download of 136 MB, once) can't be had."""
+    source = SSD300_VGG16_Weights.COCO_V1
+    model = from_torchvision(download_weights(source, 'choose another checkpoint'))
+    # Some of COCO's 91 numbers stand for no class: torchvision calls all of them "N/A".
+    labels = [f'N/A {i}' if label == 'N/A' else label for i, label in enumerate(source.meta['categories'])]
+    return model.eval(), make_label_map(labels[1:])
+
+
+def from_torchvision(state_dict) -> SSD300:
+    """An SSD300 of ours that predicts what torchvision's `ssd300_vgg16` with these weights does.
+
+    The convolutions are the same, one to one. But torchvision's priors have other sizes and, at each position, the
+    order 1, extra, 2, 1/2, 3, 1/3; images are normalised in another way; and boxes are cut at the image's edges.
+    """
+    backbone = [tensor for name, tensor in state_dict.items()
+                if name.startswith(('backbone.features', 'backbone.extra'))]
+    model = SSD300(n_classes=len(state_dict['head.classification_head.module_list.5.bias']) // FEATURE_MAPS[5].n_priors)
+    own = [name for name in model.state_dict() if name.startswith(('base', 'aux_convs'))]
+    weights = {'rescale_factors': state_dict['backbone.scale_weight'].view(1, -1, 1, 1),
+               **dict(zip(own, backbone, strict=True))}
+
+    generator = DefaultBoxGenerator([[2], [2, 3], [2, 3], [2, 3], [2], [2]], steps=[8, 16, 32, 64, 100, 300],
+                                    scales=[0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05])
+    image = ImageList(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE), [(IMAGE_SIZE, IMAGE_SIZE)])
+    theirs, = generator(image, [torch.zeros(1, 1, feature_map.grid, feature_map.grid) for feature_map in FEATURE_MAPS])
+    theirs = xy_to_cxcy(theirs / IMAGE_SIZE).split([feature_map.grid ** 2 * feature_map.n_priors
+                                                    for feature_map in FEATURE_MAPS])
+    priors = []
+    for i, (feature_map, prior_boxes) in enumerate(zip(FEATURE_MAPS, theirs)):
+        n_priors = feature_map.n_priors
+        order = [0, 1, 2, 4, 3, 5] if n_priors == 6 else [0, 1, 2, 3]  # where our priors stand among theirs
+        priors.append(prior_boxes.view(-1, n_priors, 4)[:, order].flatten(0, 1))
+        for ours, head in (('loc', 'regression'), ('cl', 'classification')):
+            for kind in ('weight', 'bias'):
+                channels = state_dict[f'head.{head}_head.module_list.{i}.{kind}'].unflatten(0, (n_priors, -1))
+                weights[f'pred_convs.{ours}_{feature_map.name}.{kind}'] = channels[order].flatten(0, 1)
+    model.load_state_dict(weights)
+    model.priors_cxcy = torch.cat(priors)  # (8732, 4)
+    model.image_mean, model.image_std, model.clip_boxes = [0.48235, 0.45882, 0.40784], [1 / 255] * 3, True
+    return model
 
 
 class MultiBoxLoss(nn.Module):
@@ -309,8 +383,14 @@ class MultiBoxLoss(nn.Module):
         true_boxes, true_classes = self.match(boxes, labels)  # (N, 8732, 4), (N, 8732)
         positive = true_classes > 0  # (N, 8732)
         n_positives = positive.sum(dim=1)  # (N)
-        # At least 1: a batch without an object must give 0, not 0 / 0.
-        n_positives_in_batch = n_positives.sum().clamp(min=1)
+        n_positives_in_batch, n_processes = n_positives.sum(), 1
+        if distributed.is_available() and distributed.is_initialized():
+            # Each process has a part of the batch, and DistributedDataParallel averages their gradients. Divided by
+            # the average number of positives, they add up to the gradient of the whole batch.
+            distributed.all_reduce(n_positives_in_batch)
+            n_processes = distributed.get_world_size()
+        # At least 1: a batch without objects must give 0, not 0 / 0.
+        n_positives_in_batch = n_positives_in_batch.clamp(min=1) / n_processes
 
         # Localisation: positive priors only, for what should a box around nothing be? Their loss is the mean over
         # all 4 · n_positives values, a quarter of the paper's, which sums the four: the published weights were

@@ -21,17 +21,20 @@ import os
 import pickle
 import random
 import re
+import struct
 import sys
 import typing
 import warnings
+import zipfile
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from xml.etree import ElementTree
 
 import torch
 import torchvision.transforms.functional as F
 from PIL import Image, ImageOps
+from torch import distributed
 from tqdm import tqdm
 
 
@@ -131,6 +134,19 @@ class _PlainXML(ElementTree.TreeBuilder):
         raise ValueError('it declares a document type')
 
 
+def tag_text(element, tag) -> str:
+    """The text of a tag below an element, without the blanks around it. Raises ValueError if there is none."""
+    text = element.findtext(tag)
+    if text is None:
+        raise ValueError(f'an object without {tag}')
+    return text.strip()
+
+
+def has_area(box) -> bool:
+    """Whether a box can be trained on. In the float32 of tensors, thinner ones would have no size left."""
+    return all(map(math.isfinite, box)) and min(box[2] - box[0], box[3] - box[1]) >= 0.01
+
+
 def parse_annotation(annotation_path, label_map=label_map, unknown_labels=None) -> dict[str, list]:
     """The objects in an annotation file of VOC's format.
 
@@ -145,14 +161,16 @@ def parse_annotation(annotation_path, label_map=label_map, unknown_labels=None) 
     objects = {'boxes': [], 'labels': [], 'difficulties': []}
     try:
         root = ElementTree.parse(annotation_path, ElementTree.XMLParser(target=_PlainXML())).getroot()
+        if root.tag != 'annotation':
+            raise ValueError(f'its root is <{root.tag}>, not <annotation>')
         for element in root.findall('object'):
-            label = element.findtext('name').strip()
-            box = [float(element.findtext(f'bndbox/{corner}')) - 1  # VOC counts pixels from 1
+            label = tag_text(element, 'name')
+            box = [float(tag_text(element, f'bndbox/{corner}')) - 1  # VOC counts pixels from 1
                    for corner in ('xmin', 'ymin', 'xmax', 'ymax')]
             if label.lower() not in index_of:
                 if unknown_labels is not None:
                     unknown_labels[label] += 1
-            elif not (all(map(math.isfinite, box)) and box[0] < box[2] and box[1] < box[3]):
+            elif not has_area(box):
                 warnings.warn(f"'{annotation_path}': left out a {label} whose box has no area "
                               f'(xmin, ymin, xmax, ymax: {", ".join(f"{value + 1:g}" for value in box)})')
             else:
@@ -162,8 +180,7 @@ def parse_annotation(annotation_path, label_map=label_map, unknown_labels=None) 
     except FileNotFoundError:
         raise InputError(f"annotation '{annotation_path}' isn't there: copy it there, or take its name out of "
                          f'the list in ImageSets/Main') from None
-    except (OSError, ElementTree.ParseError, LookupError, ValueError, TypeError, AttributeError) as error:
-        # TypeError and AttributeError: an object without a name, or a box without one of its sides.
+    except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:  # LookupError: unknown encoding
         raise InputError(f"annotation '{annotation_path}' isn't a VOC annotation ({error}): repair it, or take "
                          f'its name out of the list in ImageSets/Main') from None
     return objects
@@ -177,7 +194,7 @@ def picture_errors(path):
     except FileNotFoundError:
         raise InputError(f"picture '{path}' isn't there: copy it there, or make the data lists again without "
                          'it') from None
-    except (OSError, SyntaxError, ValueError, OverflowError, MemoryError, Image.DecompressionBombError) as error:
+    except Exception as error:  # each of Pillow's formats raises others
         raise InputError(f"picture '{path}' can't be read ({error}): replace it, or leave it out") from None
 
 
@@ -190,7 +207,7 @@ def read_image(path) -> Image.Image:
     with picture_errors(path), Image.open(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith('I'):  # 16 bits a pixel: Pillow's own conversion would cut off, not scale
-            image = image.point(lambda value: value / 256).convert('L')
+            image = image.convert('I').point(lambda value: value / 256).convert('L')
         return image.convert('RGB')
 
 
@@ -198,8 +215,9 @@ def picture_size(path) -> tuple[int, int]:
     """Width and height in pixels of the picture that `read_image` would give, from the file's header alone."""
     with picture_errors(path), Image.open(path) as image:
         width, height = image.size
-        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
-        return (height, width) if turned else (width, height)
+        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF orientations that lie on their side
+        # Pillow reads a TIFF upright by itself.
+        return (height, width) if turned and image.format != 'TIFF' else (width, height)
 
 
 def clip_to_picture(objects, size, path) -> dict[str, list]:
@@ -209,7 +227,7 @@ def clip_to_picture(objects, size, path) -> dict[str, list]:
     clipped = {key: [] for key in objects}
     for box, label, difficulty in zip(objects['boxes'], objects['labels'], objects['difficulties']):
         inside = [max(box[0], 0), max(box[1], 0), min(box[2], width - 1), min(box[3], height - 1)]
-        if inside[0] >= inside[2] or inside[1] >= inside[3]:
+        if not has_area(inside):
             warnings.warn(f"'{path}': left out an object whose box lies outside of the picture of {width}×{height}")
             continue
         for key, value in zip(clipped, (inside, label, difficulty)):
@@ -225,7 +243,8 @@ def read_split(voc_path, split, label_map, unknown_labels) -> tuple[list[str], l
         raise InputError(f"VOC folder '{voc_path}' isn't there: set the path to where VOC lies, or set download")
     list_path = voc_path / 'ImageSets' / 'Main' / f'{split}.txt'
     try:
-        names = [line.strip() for line in list_path.read_text(encoding='utf-8').splitlines() if line.strip()]
+        # utf-8-sig: Windows' editors put an invisible mark before the first name.
+        names = [line.strip() for line in list_path.read_text(encoding='utf-8-sig').splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"'{list_path}', the list of pictures, can't be read ({error}): is '{voc_path}' a whole "
                          "folder in VOC's layout, with 2007 test extracted over 2007 trainval?") from None
@@ -249,12 +268,17 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels):
     TEST_objects.json give, at the same place of their list, the objects in the picture as `parse_annotation`
     returns them; label_map.json is the label map with which they are encoded.
 
-    The training data are 2007 trainval and, if voc12_path isn't None, 2012 trainval; the test data are 2007
-    test. Raises InputError before anything is written if a folder, file or picture is missing or broken.
+    The training data are the split trainval of voc07_path and of voc12_path, which may be None, a folder or a list of
+    folders; the test data are the split test of voc07_path. Folders with other labels than VOC's will do as well, if
+    their layout is VOC's. Raises InputError before anything is written if a folder, file or picture is missing or
+    broken.
     """
-    label_map, unknown_labels = make_label_map(labels), Counter()
-    splits = {'TRAIN': [(voc07_path, 'trainval')] + [(voc12_path, 'trainval')] * (voc12_path is not None),
-              'TEST': [(voc07_path, 'test')]}
+    names = [label.strip().lower() for label in labels]
+    require(names and all(names) and len({*names, 'background'}) == len(names) + 1,
+            f"labels must be names that differ, none of them 'background', not {', '.join(labels) or 'none at all'}")
+    more_paths = [voc12_path] if isinstance(voc12_path, (str, Path)) else voc12_path or []
+    label_map, unknown_labels = make_label_map(label.strip() for label in labels), Counter()
+    splits = {'TRAIN': [(path, 'trainval') for path in (voc07_path, *more_paths)], 'TEST': [(voc07_path, 'test')]}
     files = {'label_map': label_map}
     for split, sources in splits.items():
         files[f'{split}_images'], files[f'{split}_objects'] = [], []
@@ -265,15 +289,17 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels):
 
     output_folder = Path(output_folder)
     make_folder(output_folder)
-    for name, content in files.items():
-        with replaced_file(output_folder / f'{name}.json') as file:
-            file.write(json.dumps(content, ensure_ascii=False).encode())
+    with ExitStack() as stack:  # which puts the files in place when all five are written: never old beside new ones
+        for name, content in files.items():
+            file = stack.enter_context(replaced_file(output_folder / f'{name}.json'))
+            file.write(json.dumps(content).encode())
+            file.flush()
 
     for split in splits:
         n_objects = sum(len(objects['boxes']) for objects in files[f'{split}_objects'])
         print(f'{split}: {len(files[f"{split}_images"]):,} images with {n_objects:,} objects')
     for label, count in unknown_labels.most_common():
-        print(f"Left out {count:,} objects labelled '{label}', which is none of the {len(labels)} labels")
+        print(f"Left out of the label '{label}', which is none of the {len(labels)}: {count:,}")
     print(f"The data lists are in '{output_folder.resolve()}'")
 
 
@@ -344,9 +370,9 @@ def random_crop(window, boxes):
             return (*first[i].tolist(), *(last[i] + 1).tolist()), boxes, kept
 
 
-def look_through(image, window=None, mirror=False, distort=False):
-    """What a window shows of a picture, as the network wants it: (3, 300, 300), RGB in [0, 1] normalised by the
-    mean and standard deviation of ImageNet.
+def look_through(image, window=None, mirror=False, distort=False, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """What a window shows of a picture, as the network wants it: (3, 300, 300), RGB in [0, 1] normalised by mean and
+    standard deviation.
 
     :param image: PIL image, mode RGB
     :param window: (left, top, right, bottom) in the image's pixels; None: the whole image
@@ -370,9 +396,9 @@ def look_through(image, window=None, mirror=False, distort=False):
         part = ImageOps.mirror(part)
         x1, x2 = IMAGE_SIZE - x2, IMAGE_SIZE - x1
 
-    # Around the picture lies ImageNet's mean colour, which normalisation makes 0.
+    # Around the picture lies the mean colour, which normalisation makes 0.
     canvas = torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)
-    canvas[:, y1:y2, x1:x2] = F.normalize(F.to_tensor(part), IMAGENET_MEAN, IMAGENET_STD)
+    canvas[:, y1:y2, x1:x2] = F.normalize(F.to_tensor(part), mean, std)
     return canvas
 
 
@@ -453,14 +479,47 @@ def average_precision(true, n_objects) -> float:
 
     :param true: whether each detection of a class is true, by falling score, bool (d)
     :param n_objects: how many objects there are to be found
-    :return: the mean, over the recalls 0, 0.1, …, 1, of the highest precision at this recall or a higher one
+    :return: the mean, over the recalls 0, 0.1, …, 1, of the highest precision at this recall or a higher one; nan
+        if there are no objects
     """
+    if n_objects == 0:
+        return math.nan
     n_true = true.cumsum(dim=0)  # (d): after the best 1, 2, …, d detections
     precision = n_true.double() / torch.arange(1, len(true) + 1, device=true.device)  # (d)
     # Recall n_true / n_objects is compared with t / 10 in whole numbers: 3 of 10 does reach 0.3, which as a
     # floating-point number it might miss by a rounding error.
     reached = [precision[10 * n_true >= t * n_objects] for t in range(11)]
     return sum(values.max().item() for values in reached if len(values)) / 11
+
+
+def area_under_curve(true, n_objects) -> float:
+    """The average precision of VOC 2010 and later: the area under the precision–recall curve, made to fall
+    monotonously. The arguments are those of `average_precision`, whose value is usually lower by a few points."""
+    if n_objects == 0:
+        return math.nan
+    precision = true.cumsum(dim=0).double() / torch.arange(1, len(true) + 1, device=true.device)  # (d)
+    highest = precision.flip(0).cummax(dim=0).values.flip(0)  # (d): at this recall or a higher one
+    return highest[true].sum().item() / n_objects  # each true detection raises the recall by 1 / n_objects
+
+
+def rank_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties,
+                    label_map=label_map) -> dict[str, tuple]:
+    """What the precision and recall of each class follow from. The arguments are those of `calculate_mAP`.
+
+    :return: {label: (scores (d), whether true, bool (d), number of objects to be found)}, by falling score; of
+        detections and objects, only those that count
+    """
+    labels, scores, true = match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
+                                            true_difficulties)
+    countable = torch.cat(true_labels)[~torch.cat(true_difficulties).bool()]  # labels of the objects to be found
+    return {label: (scores[labels == index], true[labels == index], int((countable == index).sum()))
+            for label, index in label_map.items() if index > 0}
+
+
+def mean_of_classes(values) -> float:
+    """The mean over the classes that have a value: a class without objects has nan."""
+    values = [value for value in values if not math.isnan(value)]
+    return sum(values) / len(values) if values else math.nan
 
 
 def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties,
@@ -473,29 +532,24 @@ def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, tr
     :return: {label: AP}, mAP. A class without objects (difficult ones don't count) has no AP: it is nan, stays
         out of the mean and is named in a warning.
     """
-    labels, _, true = match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
-                                       true_difficulties)
-    countable = torch.cat(true_labels)[~torch.cat(true_difficulties).bool()]  # labels of the objects to be found
-    average_precisions = {}
-    for label, index in label_map.items():
-        if index > 0:
-            n_objects = int((countable == index).sum())
-            average_precisions[label] = average_precision(true[labels == index], n_objects) if n_objects else math.nan
+    ranked = rank_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties, label_map)
+    average_precisions = {label: average_precision(true, n_objects) for label, (_, true, n_objects) in ranked.items()}
     missing = [label for label, value in average_precisions.items() if math.isnan(value)]
     if missing:
         warnings.warn(f'no objects to be found of {", ".join(missing)}: no AP, and left out of the mean')
-    values = [value for value in average_precisions.values() if not math.isnan(value)]
-    return average_precisions, sum(values) / len(values) if values else math.nan
+    return average_precisions, mean_of_classes(average_precisions.values())
 
 
 # ------------------------------------------------------------------------------------------- checkpoints
 
 def make_folder(path):
-    """Makes a folder for results, with those above it, unless it is there."""
+    """Makes a folder for results, with those above it, unless it is there. Raises InputError if nothing can be written
+    to it: better now than after hours of training."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"can't make the folder '{path}' ({error.strerror}): choose another one") from None
+    require(os.access(path, os.W_OK), f"can't write to the folder '{path}': choose another one")
 
 
 @contextmanager
@@ -511,10 +565,15 @@ def replaced_file(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise InputError(f"can't write '{path}' ({error.strerror or error}): make room or choose another "
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        # What stops torch.save, a full disk or Ctrl-C, is the context of the RuntimeError that comes out of it.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError):
+            raise InputError(f"can't write '{path}' ({cause.strerror or cause}): make room or choose another "
                              'place; what was there before is unchanged') from None
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
         raise
 
 
@@ -533,17 +592,46 @@ def save_checkpoint(path, epoch, model, optimizer, scheduler, label_map, setting
 
 
 def load_checkpoint(path) -> dict:
-    """What `save_checkpoint` wrote, with its tensors on the CPU. Raises InputError if the file is missing,
-    damaged or something else."""
+    """What `save_checkpoint` wrote, or what `read_published_checkpoint` can read, with its tensors on the CPU. No code
+    from the file is run. Raises InputError if the file is missing, damaged or something else."""
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        with open(path, 'rb') as file:
+            published = file.read(len(PUBLISHED_MAGIC)) == PUBLISHED_MAGIC
+            file.seek(0)
+            if published:
+                checkpoint = read_published_checkpoint(file)
+            else:
+                with zipfile.ZipFile(file) as archive:
+                    if damaged := archive.testzip():  # compares the checksums, which torch.load doesn't look at
+                        raise ValueError(damaged)
+                file.seek(0)
+                checkpoint = torch.load(file, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise InputError(f"checkpoint '{path}' isn't there: train one with train.py, or name another one") from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError):
-        raise InputError(f"checkpoint '{path}' can't be loaded: it is damaged or wasn't written by train.py") from None
-    if not isinstance(checkpoint, dict) or not {'epoch', 'model', 'label_map'} <= checkpoint.keys():
-        raise InputError(f"'{path}' isn't a checkpoint of this project: name one that train.py wrote")
+    except Exception as error:  # a file of any content may raise anything
+        reason = "it is damaged or wasn't written by train.py"
+        if isinstance(error, OSError) and error.filename:  # from open(); in a damaged file, a seek may fail as well
+            reason = error.strerror
+        elif refused := isinstance(error, pickle.UnpicklingError) and re.search(r'GLOBAL (\S+)', str(error)):
+            reason = f'it asks for {refused[1][:100]!r}, which no checkpoint needs; nothing of it was run'
+        raise InputError(f"checkpoint '{path}' can't be loaded: {reason}") from None
+    require(is_checkpoint(checkpoint), f"'{path}' isn't a checkpoint of this project: name one that train.py wrote")
     return checkpoint
+
+
+def is_checkpoint(content) -> bool:
+    """Whether the content of a file has the parts of a checkpoint. Whether its weights fit the network, only the
+    network knows."""
+    if not isinstance(content, dict) or not {'epoch', 'model', 'label_map'} <= content.keys():
+        return False
+    if not all(isinstance(content.get(name, {}), dict)
+               for name in ('model', 'label_map', 'optimizer', 'scheduler', 'settings')):
+        return False
+    labels, indices = content['label_map'].keys(), content['label_map'].values()
+    return (type(content['epoch']) is int and content['epoch'] >= 0
+            and all(type(name) is str and isinstance(tensor, torch.Tensor) for name, tensor in content['model'].items())
+            and all(type(label) is str for label in labels) and all(type(index) is int for index in indices)
+            and sorted(indices) == list(range(len(labels))) and content['label_map'].get('background') == 0)
 
 
 def check_label_map(checkpoint_label_map, data_label_map):
@@ -551,6 +639,146 @@ def check_label_map(checkpoint_label_map, data_label_map):
     require(checkpoint_label_map == data_label_map,
             f'the checkpoint has the classes {checkpoint_label_map} but the data lists have {data_label_map}: use data '
             'lists and a checkpoint that belong together')
+
+
+# The tutorial's published checkpoint_ssd300.pth.tar, which reaches 77.2 mAP, comes from the first years of PyTorch: in
+# it, torch.save pickled the whole network and the whole optimizer. Unpickling calls whatever a file says. So here all
+# that the file names is replaced by a stand-in that does nothing, and only the network's parameters are taken.
+
+PUBLISHED_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # with it, such a file begins
+
+OWN_NAMES = {'SSD300', 'VGGBase', 'AuxiliaryConvolutions', 'PredictionConvolutions'}
+PUBLISHED_NAMES = {
+    'model': OWN_NAMES, '__main__': OWN_NAMES,
+    'torch.nn.modules.conv': {'Conv2d'}, 'torch.nn.modules.pooling': {'MaxPool2d'}, 'torch.nn.parameter': {'Parameter'},
+    'torch.nn.backends.thnn': {'_get_thnn_function_backend'},
+    'torch.optim.sgd': {'SGD'}, 'torch.optim.optimizer': {'_RequiredParameter'},
+    'torch._utils': {'_rebuild_tensor', '_rebuild_tensor_v2', '_rebuild_parameter'},
+    'torch': {'FloatStorage', 'DoubleStorage', 'HalfStorage', 'LongStorage', 'IntStorage', 'ByteStorage'},
+    'collections': {'OrderedDict', 'defaultdict'}, 'builtins': {'dict', 'set'}, '__builtin__': {'dict', 'set'},
+}
+
+# All that torch.save used of pickle's language: with some other operations, a few bytes can claim gigabytes.
+PUBLISHED_OPERATIONS = (
+    pickle.PROTO, pickle.MARK, pickle.STOP, pickle.GLOBAL, pickle.BINPERSID, pickle.REDUCE, pickle.NEWOBJ, pickle.BUILD,
+    pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE,
+    pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.BINUNICODE, pickle.EMPTY_TUPLE,
+    pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS)
+
+N_TENSORS = 71  # in the state dict of an SSD300
+BYTES_PER_VALUE = {'FloatStorage': 4, 'DoubleStorage': 8, 'HalfStorage': 2, 'LongStorage': 8, 'IntStorage': 4,
+                   'ByteStorage': 1}
+
+
+class _StandIn(dict):
+    """Takes the place of a class or function: when called, it keeps the arguments, as an object its state, as a
+    dictionary its items."""
+
+    __hash__, __eq__ = object.__hash__, object.__eq__  # the optimizer has parameters as keys
+
+    def __new__(cls, *args):
+        self = super().__new__(cls)
+        self.args, self.state = args[:4], {}  # four describe a tensor; keeping any number would fill the memory
+        return self
+
+    def __init__(self, *args):
+        """Keeps dict from copying the arguments."""
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class _PublishedUnpickler(pickle._Unpickler):  # Python's own, whose operations can be chosen; those of C's can't
+    # Tuples become lists. These can't be keys: to hash a tuple that is nested a million deep crashes Python.
+    dispatch: typing.ClassVar = {
+        **{code[0]: pickle._Unpickler.dispatch[code[0]] for code in PUBLISHED_OPERATIONS},
+        pickle.TUPLE[0]: pickle._Unpickler.load_list, pickle.TUPLE1[0]: lambda self: self.load_short_list(1),
+        pickle.TUPLE2[0]: lambda self: self.load_short_list(2), pickle.TUPLE3[0]: lambda self: self.load_short_list(3)}
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.storages = {}  # key: name of the type, number of values
+
+    def load_short_list(self, n):
+        self.stack[-n:] = [self.stack[-n:]]
+
+    def find_class(self, module, name):
+        if name not in PUBLISHED_NAMES.get(module, ()):
+            raise pickle.UnpicklingError(f'GLOBAL {module}.{name}')  # as torch.load says it
+        return type(name, (_StandIn,), {})
+
+    def persistent_load(self, saved_id):
+        kind, *content = saved_id
+        if kind == 'module':  # a class, with its source code and the file it was in: of no use here
+            return content[0]
+        storage_type, key, _device, n_values, view = content
+        if kind != 'storage' or view is not None:
+            raise ValueError('something else than a class or a whole storage')
+        self.storages[key] = storage_type.__name__, n_values
+        return key
+
+
+def read_published_checkpoint(file) -> dict:
+    """The weights in the tutorial's published checkpoint, an open file, as a checkpoint of ours without a training to
+    go on with: epoch, model (state dict) and label_map. What isn't such a file raises all sorts of exceptions."""
+    for _ in range(3):  # magic number, version of the format, properties of the computer
+        _PublishedUnpickler(file).load()
+    unpickler = _PublishedUnpickler(file)
+    content = unpickler.load()
+
+    # Behind the objects, the file lists the keys of all storages; then follow, for each, the number of its values and
+    # the values themselves. A file can claim any number: it is compared with the file's size before it is used.
+    file_size, places = os.fstat(file.fileno()).st_size, {}
+    for key in _PublishedUnpickler(file).load():
+        kind, n_values = unpickler.storages[key]
+        stored, = struct.unpack('<q', file.read(8))
+        start = file.tell()
+        end = start + stored * BYTES_PER_VALUE[kind]
+        if stored != n_values or not start <= end <= file_size:
+            raise ValueError('a storage of the wrong size')
+        if kind == 'FloatStorage':
+            places[key] = start, n_values
+        file.seek(end)
+
+    model = {}
+    for name, parameter in _published_parameters(content['model']):
+        # A Parameter is called with a tensor, a tensor with its storage, offset, size and strides.
+        tensor = parameter.args[0] if isinstance(parameter.args[0], _StandIn) else parameter
+        key, offset, size, strides = tensor.args
+        start, n_values = places.pop(key)  # no second time: many large tensors of one storage would fill the memory
+        last = offset + sum((n - 1) * stride for n, stride in zip(size, strides, strict=True))
+        if min(offset, *size, *strides) < 0 or not last < n_values >= math.prod(size):
+            raise ValueError('a tensor that reaches beyond its storage')
+        file.seek(start)
+        values = torch.frombuffer(bytearray(file.read(4 * n_values)), dtype=torch.float32)
+        model[name] = values.as_strided(size, strides, offset)
+        if len(model) > N_TENSORS:
+            break
+    if len(model) != N_TENSORS:
+        raise ValueError('not the tensors of an SSD300')
+    # It counts epochs from 0 and names the last one; we count those that are finished.
+    return {'epoch': content['epoch'] + 1, 'model': model, 'label_map': dict(label_map)}
+
+
+def _published_parameters(module, prefix=''):
+    """(name, parameter) of a module and of those within it."""
+    if len(prefix) > 100:
+        raise ValueError('modules nested too deep')
+    state, module.state = module.state, {}  # no second time: modules within each other would never end
+    for name, parameter in state.get('_parameters', {}).items():
+        yield prefix + name, parameter
+    for name, child in state.get('_modules', {}).items():
+        yield from _published_parameters(child, f'{prefix}{name}.')
+
+
+def convert_checkpoint(source, target):
+    """Writes the tutorial's published checkpoint in our format:
+
+    python -c "import utils; utils.convert_checkpoint('checkpoint_ssd300.pth.tar', 'checkpoint_ssd300.pth')"
+    """
+    checkpoint = load_checkpoint(source)
+    with replaced_file(target) as file:
+        torch.save(checkpoint, file)
 
 
 # --------------------------------------------------------------------------------------- script settings
@@ -561,9 +789,42 @@ def require(condition, message):
         raise InputError(message)
 
 
+def warn_about_workers(workers):
+    """Raises InputError for a negative number of worker processes; warns of far more of them than CPU cores."""
+    require(workers >= 0, f'workers must be 0 or more, not {workers}')
+    cores = os.cpu_count() or 1
+    if workers > 2 * cores:
+        warnings.warn(f'{workers} workers on {cores} CPU cores take memory and are no faster: try --workers {cores}')
+
+
 def current_settings(script) -> dict:
-    """{name: value} of a script's annotated constants."""
-    return {name: getattr(script, name) for name in typing.get_type_hints(script)}
+    """{name: value} of a script's annotated constants, in plain types: a Path in a checkpoint couldn't be loaded."""
+    settings = {name: getattr(script, name) for name in typing.get_type_hints(script)}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+
+
+def autocast(device, precision):
+    """The context in which a network runs in 'float32', or in 'bfloat16' where that is safe (mixed precision)."""
+    require(precision in ('float32', 'bfloat16'), f"precision must be 'float32' or 'bfloat16', not '{precision}'")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == 'bfloat16')
+
+
+def join_processes() -> tuple[int, int, torch.device]:
+    """Returns the rank of this process, the number of processes, and its device: one of several if torchrun started
+    it, otherwise the only one. Of several, the first alone prints."""
+    cuda = torch.cuda.is_available()
+    if 'LOCAL_RANK' not in os.environ:
+        return 0, 1, torch.device('cuda' if cuda else 'cpu')
+    local_rank = int(os.environ['LOCAL_RANK'])
+    if cuda:
+        require(local_rank < torch.cuda.device_count(),
+                f'there are {torch.cuda.device_count()} GPUs: start torchrun with --nproc_per_node of at most that')
+        torch.cuda.set_device(local_rank)
+    distributed.init_process_group('nccl' if cuda else 'gloo')
+    if distributed.get_rank() > 0:
+        sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
+    device = torch.device('cuda', local_rank) if cuda else torch.device('cpu')
+    return distributed.get_rank(), distributed.get_world_size(), device
 
 
 def override_settings(script):
@@ -603,6 +864,7 @@ def override_settings(script):
 def run_script(script):
     """Runs a script's main() with its settings from the command line. What the user can mend is told in one
     sentence on standard error, with exit status 1."""
+    sys.stdout.reconfigure(errors='backslashreplace')  # a file's name that can't be printed must not end a run
     override_settings(script)
     warnings.formatwarning = lambda message, *_, **__: f'Warning: {message}\n'
     try:
