@@ -26,6 +26,15 @@ def model():
     return SSD300(n_classes=21).eval()
 
 
+@pytest.fixture
+def one_thread():
+    """PyTorch with a single thread: starting several of them takes longer than a small tensor does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope='session')
 def sample_lists(tmp_path_factory):
     """The folder with the data lists of the embedded sample."""
@@ -62,14 +71,16 @@ def make_annotation(objects, size=(64, 48)):
 
 def make_voc(folder, pictures, split='trainval'):
     """Adds pictures to a folder in VOC's layout. `pictures` is {name: objects, or (image, objects)}, objects as in
-    `make_annotation` or the text of an XML file; without an image, a grey one of 64×48 is made. Returns the folder."""
+    `make_annotation` or the text of an XML file; without an image, a grey one of 64×48 is made. An image given as bytes
+    is written as it is. Returns the folder."""
     for sub in ('Annotations', 'ImageSets/Main', 'JPEGImages'):
         (folder / sub).mkdir(parents=True, exist_ok=True)
     for name, content in pictures.items():
         image, objects = content if isinstance(content, tuple) else (Image.new('RGB', (64, 48), 'gray'), content)
-        xml = objects if isinstance(objects, str) else make_annotation(objects, image.size)
+        xml = objects if isinstance(objects, str) else make_annotation(objects, getattr(image, 'size', (64, 48)))
         (folder / 'Annotations' / f'{name}.xml').write_text(xml, encoding='utf-8')
-        image.save(folder / 'JPEGImages' / f'{name}.jpg')
+        image_path = folder / 'JPEGImages' / f'{name}.jpg'
+        image_path.write_bytes(image) if isinstance(image, bytes) else image.save(image_path)
     list_path = folder / 'ImageSets' / 'Main' / f'{split}.txt'
     known = list_path.read_text(encoding='utf-8') if list_path.exists() else ''
     list_path.write_text(known + ''.join(f'{name}\n' for name in pictures), encoding='utf-8')

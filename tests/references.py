@@ -1,0 +1,107 @@
+"""Slow and plain: what the fast code must agree with, each transcribed from its definition with lists and loops.
+
+Boxes are (x_min, y_min, x_max, y_max) or, where a name ends in cxcy, (c_x, c_y, w, h), in plain Python numbers.
+"""
+
+import math
+from fractions import Fraction
+
+
+def iou(a, b):
+    """The area that two boxes share, divided by the area that they cover together."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    shared = width * height
+    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+
+def non_maximum_suppression(boxes, class_scores, min_score, max_overlap, top_k):
+    """Greedy suppression, class by class, of all boxes of one image.
+
+    class_scores[i] are the scores of box i for the classes 1, 2, …; returns at most top_k (box, label, score), by
+    falling score; equal scores in the order of the boxes, then of the classes.
+    """
+    detections = []
+    for label in range(1, len(class_scores[0]) + 1):
+        candidates = [i for i in range(len(boxes)) if class_scores[i][label - 1] > min_score]
+        candidates.sort(key=lambda i: -class_scores[i][label - 1])
+        kept = []
+        for i in candidates:
+            if all(iou(boxes[i], boxes[better]) <= max_overlap for better in kept):
+                kept.append(i)
+        detections += [(-class_scores[i][label - 1], i, label) for i in kept]
+    return [(boxes[i], label, -score) for score, i, label in sorted(detections)[:top_k]]
+
+
+def match(priors, boxes, threshold):
+    """For each prior of an image the number of its object, or None."""
+    overlaps = [[iou(box, prior) for prior in priors] for box in boxes]
+    objects = []
+    for i in range(len(priors)):
+        best = max(range(len(boxes)), key=lambda j: overlaps[j][i], default=None)  # the first of equal ones
+        objects.append(None if best is None or overlaps[best][i] < threshold else best)
+    for j in range(len(boxes)):
+        objects[overlaps[j].index(max(overlaps[j]))] = j
+    return objects
+
+
+def offsets(box, prior_cxcy):
+    """The offsets of a box from a prior, with the factors of the Caffe code."""
+    c_x, c_y, w, h = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2, box[2] - box[0], box[3] - box[1]
+    prior_x, prior_y, prior_w, prior_h = prior_cxcy
+    return [(c_x - prior_x) / (prior_w / 10), (c_y - prior_y) / (prior_h / 10),
+            5 * math.log(w / prior_w), 5 * math.log(h / prior_h)]
+
+
+def cross_entropy(scores, label):
+    """Minus the logarithm of the softmax at the label."""
+    highest = max(scores)
+    return highest + math.log(sum(math.exp(score - highest) for score in scores)) - scores[label]
+
+
+def smooth_l1(difference):
+    return difference ** 2 / 2 if abs(difference) < 1 else abs(difference) - 0.5
+
+
+def multibox_loss(priors_cxcy, locs, scores, boxes, labels, threshold=0.5, neg_pos_ratio=3, localization=smooth_l1):
+    """The parts of SSD's loss for a batch: confidence, localisation. All arguments have one list per image."""
+    priors = [(c_x - w / 2, c_y - h / 2, c_x + w / 2, c_y + h / 2) for c_x, c_y, w, h in priors_cxcy]
+    confidence = localisation = n_positives = 0
+    for image in range(len(locs)):
+        objects = match(priors, boxes[image], threshold)
+        positives = [i for i in range(len(priors)) if objects[i] is not None]
+        for i in positives:
+            true = offsets(boxes[image][objects[i]], priors_cxcy[i])
+            localisation += sum(localization(value - t) for value, t in zip(locs[image][i], true))
+            confidence += cross_entropy(scores[image][i], labels[image][objects[i]])
+        negatives = [cross_entropy(scores[image][i], 0) for i in range(len(priors)) if objects[i] is None]
+        confidence += sum(sorted(negatives, reverse=True)[:neg_pos_ratio * len(positives)])
+        n_positives += len(positives)
+    if n_positives == 0:
+        return 0.0, 0.0
+    return confidence / n_positives, localisation / (4 * n_positives)
+
+
+def average_precision(detections, objects):
+    """VOC 2007's AP of one class: detections are (image, score, box), objects (image, box, difficult)."""
+    n_objects = sum(not difficult for _, _, difficult in objects)
+    if n_objects == 0:
+        return math.nan
+    found, n_true, n_false, curve = set(), 0, 0, []
+    for image, _, box in sorted(detections, key=lambda detection: -detection[1]):  # equal scores stay in order
+        most, highest = None, 0
+        for number, (object_image, object_box, _) in enumerate(objects):
+            if object_image == image and iou(box, object_box) > highest:
+                most, highest = number, iou(box, object_box)
+        if highest <= 0.5 or most in found:
+            n_false += 1
+        elif objects[most][2]:
+            continue
+        else:
+            found.add(most)
+            n_true += 1
+        curve.append((Fraction(n_true, n_objects), Fraction(n_true, n_true + n_false)))
+    highest_precisions = [max((precision for recall, precision in curve if recall >= Fraction(t, 10)), default=0)
+                          for t in range(11)]
+    return float(sum(highest_precisions) / Fraction(11))

@@ -1,0 +1,345 @@
+"""Beyond VOC and one GPU: several processes, mixed precision, other classes, reports, many pictures, export, COCO."""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, assert_one_sentence, make_voc, run_script
+from PIL import Image
+from torchvision.models.detection import SSD300_VGG16_Weights, ssd300_vgg16
+
+import detect
+import eval as evaluation
+import train
+from datasets import PascalVOCDataset
+from model import SSD300, MultiBoxLoss, from_torchvision, load_coco_model, load_model, start_from_checkpoint
+from utils import (InputError, autocast, create_data_lists, find_jaccard_overlap, make_label_colors, make_label_map,
+                   rank_detections, voc_labels)
+
+FRUIT = ('apple', 'Pear', 'plum')
+
+
+@pytest.fixture(scope='module')
+def fruit_lists(tmp_path_factory):
+    """Data lists of four training pictures and one test picture with classes of their own."""
+    folder = tmp_path_factory.mktemp('fruit')
+    boxes = [(5, 5, 30, 40), (20, 10, 60, 44), (2, 20, 25, 46)]
+    pictures = {f'{i}': [(FRUIT[j].lower(), boxes[j], 0) for j in range(3) if j != i] for i in range(4)}
+    make_voc(make_voc(folder / 'fruit', pictures), {'test': [('pear', boxes[0], 0), ('kiwi', boxes[1], 0)]}, 'test')
+    create_data_lists(folder / 'fruit', None, folder / 'lists', labels=FRUIT)
+    return folder / 'lists'
+
+
+def save_checkpoint(path, model, label_map):
+    torch.save({'epoch': 1, 'model': model.state_dict(), 'label_map': label_map, 'settings': {}}, path)
+    return path
+
+
+# --------------------------------------------------------------------------------------- several processes
+
+def test_two_processes_with_batches_of_2_make_the_step_of_one_with_a_batch_of_4(fruit_lists, tmp_path):
+    settings = ['--data_folder', fruit_lists, '--epochs', 1, '--no-pretrained', '--no-augment', '--workers', 0,
+                '--grad_clip', 10]
+    launcher = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', ROOT / 'train.py']
+    two = subprocess.run([str(word) for word in (*launcher, *settings, '--batch_size', 2, '--output_folder',
+                                                 tmp_path / 'two')], capture_output=True, text=True, timeout=300,
+                         env={**os.environ, 'OMP_NUM_THREADS': '1'}, check=False)
+    one = run_script('train.py', *settings, '--batch_size', 4, '--output_folder', tmp_path / 'one')
+    assert two.returncode == one.returncode == 0, two.stderr + one.stderr
+    assert two.stdout.count('Saved') == two.stderr.count('| 0/1 [') == 1  # only the first process reports
+
+    after_two, after_one = (torch.load(tmp_path / name / 'checkpoint_ssd300.pth', weights_only=True)['model']
+                            for name in ('two', 'one'))
+    assert list(after_two) == list(after_one) == list(SSD300(4).state_dict())  # the bare network's
+    for name in after_one:
+        torch.testing.assert_close(after_two[name], after_one[name], rtol=0, atol=1e-5)
+    torch.manual_seed(0)
+    at_first = SSD300(4).state_dict()
+    assert any((after_one[name] - at_first[name]).abs().max() > 1e-4 for name in at_first)  # a step was made
+
+
+# ----------------------------------------------------------------------------------------- mixed precision
+
+def test_in_bfloat16_the_network_detects_nearly_the_same(model):
+    torch.manual_seed(1)
+    image = torch.rand(1, 3, 300, 300).to(memory_format=torch.channels_last)
+    network = copy.deepcopy(model).to(memory_format=torch.channels_last)  # others want the model as it is
+    with torch.no_grad():
+        locs, scores = network(image)
+        with autocast(image.device, 'bfloat16'):
+            low_locs, low_scores = network(image)
+    assert low_locs.dtype == low_scores.dtype == torch.bfloat16
+    assert (locs - low_locs).abs().max() < 0.05 * locs.abs().max()
+    # Scores of random weights are close to each other: a bias makes some of them clear, as training would.
+    scores[0, ::700, 3] += 12
+    low_scores[0, ::700, 3] += 12
+    found, low_found = (model.detect_objects(*output, 0.5, 0.45, 200)
+                        for output in ((locs, scores), (low_locs, low_scores)))
+    assert low_found[0][0].dtype == low_found[2][0].dtype == torch.float32  # decoded in float32
+    assert len(found[0][0]) == len(low_found[0][0]) > 5
+    # Nearly all have their counterpart; of duplicates with equal scores, another one may have been suppressed.
+    assert (find_jaccard_overlap(found[0][0], low_found[0][0]).amax(dim=1) > 0.95).float().mean() > 0.9
+
+
+def test_in_bfloat16_the_loss_is_computed_in_float32_and_training_learns():
+    torch.manual_seed(0)
+    priors = torch.tensor([[0.3, 0.3, 0.4, 0.4], [0.7, 0.7, 0.4, 0.4], [0.5, 0.5, 0.2, 0.2]])
+    network = torch.nn.Linear(8, 3 * 7)
+    criterion = MultiBoxLoss(priors)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    losses = []
+    for _ in range(30):
+        with autocast(torch.device('cpu'), 'bfloat16'):
+            output = network(torch.ones(1, 8)).view(1, 3, 7)
+        assert output.dtype == torch.bfloat16
+        loss = criterion(output[..., :4], output[..., 4:], [torch.tensor([[0.1, 0.1, 0.5, 0.5]])], [torch.tensor([2])])
+        assert loss.dtype == torch.float32
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize('script', [train, evaluation, detect])
+def test_an_unknown_precision_is_refused(script, monkeypatch):
+    monkeypatch.setattr(script, 'precision', 'float8')
+    with pytest.raises(InputError, match='float8'):
+        script.check_settings()
+
+
+# ------------------------------------------------------------------------------------------- other classes
+
+def test_labels_of_ones_own_travel_in_the_data_lists(fruit_lists):
+    dataset = PascalVOCDataset(fruit_lists, 'TEST')
+    assert dataset.label_map == {'background': 0, 'apple': 1, 'Pear': 2, 'plum': 3}
+    assert dataset[0][2].tolist() == [2]  # pear; the kiwi is none of the three
+
+
+def test_objects_of_other_classes_are_counted_and_reported(tmp_path, capsys):
+    folder = make_voc(tmp_path / 'voc', {'1': [('kiwi', (1, 1, 9, 9), 0), ('apple', (1, 1, 9, 9), 0)]})
+    make_voc(folder, {'2': [('kiwi', (1, 1, 9, 9), 0)]}, 'test')
+    create_data_lists(folder, None, tmp_path / 'lists', labels=FRUIT)
+    assert "label 'kiwi', which is none of the 3: 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('labels', [(), ('apple', 'Apple '), ('background', 'apple'), ('apple', ' ')])
+def test_labels_that_cannot_be_told_apart_are_refused(labels, tmp_path):
+    with pytest.raises(InputError, match='labels must be'):
+        create_data_lists(tmp_path, None, tmp_path / 'lists', labels=labels)
+
+
+def test_more_folders_than_two_can_be_trained_on(tmp_path):
+    for name in ('a', 'b', 'c'):
+        make_voc(tmp_path / name, {f'{name}1': [('cat', (1, 1, 9, 9), 0)]})
+    make_voc(tmp_path / 'a', {'a2': []}, 'test')
+    create_data_lists(tmp_path / 'a', [tmp_path / 'b', tmp_path / 'c'], tmp_path / 'lists')
+    assert [Path(path).stem for path in PascalVOCDataset(tmp_path / 'lists', 'TRAIN').images] == ['a1', 'b1', 'c1']
+
+
+def test_colours_differ_for_a_hundred_classes():
+    colors = make_label_colors(make_label_map(f'class {i}' for i in range(100)))
+    assert len(set(colors.values())) == 101
+
+
+def test_fine_tuning_on_other_classes_keeps_all_but_the_class_heads(untrained_checkpoint, model, capsys):
+    torch.manual_seed(7)
+    tuned = SSD300(n_classes=4)
+    fresh = {name: tensor.clone() for name, tensor in tuned.state_dict().items()}
+    start_from_checkpoint(tuned, untrained_checkpoint, make_label_map(FRUIT))
+    assert 'class heads start anew' in capsys.readouterr().out
+    for name, tensor in tuned.state_dict().items():
+        expected = fresh[name] if name.startswith('pred_convs.cl_') else model.state_dict()[name]
+        assert torch.equal(tensor, expected), name
+
+
+def test_fine_tuning_on_the_same_classes_keeps_everything(untrained_checkpoint, model, capsys):
+    tuned = SSD300(n_classes=21)
+    start_from_checkpoint(tuned, untrained_checkpoint, make_label_map(voc_labels))
+    assert 'anew' not in capsys.readouterr().out
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in tuned.state_dict().items())
+
+
+def test_eval_and_detect_take_the_classes_from_the_checkpoint(fruit_lists, tmp_path):
+    torch.manual_seed(0)
+    network = SSD300(n_classes=4)
+    checkpoint = save_checkpoint(tmp_path / 'fruit.pth', network, make_label_map(FRUIT))
+    evaluated = run_script('eval.py', '--data_folder', fruit_lists, '--checkpoint', checkpoint, '--workers', 0,
+                           '--output_folder', tmp_path / 'report')
+    assert evaluated.returncode == 0, evaluated.stderr
+    report = json.loads((tmp_path / 'report' / 'report.json').read_text())
+    assert list(report['classes']) == list(FRUIT)
+    assert {label: row['objects'] for label, row in report['classes'].items()} == {'apple': 0, 'Pear': 1, 'plum': 0}
+    assert report['classes']['plum']['AP'] is None  # no objects, no AP
+    curves = Image.open(tmp_path / 'report' / 'precision_recall.png')
+    assert min(curves.size) > 100
+
+    picture = PascalVOCDataset(fruit_lists, 'TEST').images[0]
+    found = run_script('detect.py', '--checkpoint', checkpoint, '--image', picture, '--min_score', 0.2, '--output',
+                       tmp_path, '--top_k', 3, '--save_json')
+    assert found.returncode == 0, found.stderr
+    objects, = json.loads((tmp_path / 'detections.json').read_text()).values()
+    assert objects and {entry['label'] for entry in objects} <= set(FRUIT)
+    refused = run_script('detect.py', '--checkpoint', checkpoint, '--suppress', 'cat')
+    assert_one_sentence(refused, 'cat', 'apple, Pear, plum')
+
+
+# ------------------------------------------------------------------------------------------------- reports
+
+def test_the_report_tells_what_was_worked_out_on_paper(monkeypatch):
+    monkeypatch.setattr(evaluation, 'sure_score', 0.6)
+    # Four cats in one picture. By score: found, nothing there, found, found; the fourth cat is missed.
+    cats = torch.tensor([[0.0, 0.0, 0.2, 0.2], [0.3, 0.0, 0.5, 0.2], [0.6, 0.0, 0.8, 0.2], [0.0, 0.5, 0.2, 0.7]])
+    boxes = torch.stack((cats[0], torch.tensor([0.7, 0.7, 0.9, 0.9]), cats[1], cats[2]))
+    ranked = rank_detections([boxes], [torch.tensor([1, 1, 1, 1])], [torch.tensor([0.9, 0.8, 0.7, 0.5])],
+                             [cats], [torch.tensor([1, 1, 1, 1])], [torch.zeros(4)], {'background': 0, 'cat': 1})
+    row = evaluation.make_report(ranked)['classes']['cat']
+    assert row['objects'] == 4
+    assert row['precision'] == pytest.approx(2 / 3) and row['recall'] == pytest.approx(2 / 4)  # above 0.6: T F T
+    assert row['AP_area'] == pytest.approx((1 + 3 / 4 + 3 / 4) / 4)
+    # Recall 0, 0.1, 0.2: precision 1; 0.3 to 0.7: 3/4; 0.8 to 1: never reached.
+    assert row['AP'] == pytest.approx((3 * 1 + 5 * 3 / 4) / 11)
+
+
+def test_a_class_without_detections_has_no_precision_and_its_report_is_json():
+    empty = [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.long)], [torch.zeros(0)]
+    ranked = rank_detections(*empty, [torch.rand(1, 4)], [torch.tensor([1])], [torch.zeros(1)], {'bg': 0, 'cat': 1})
+    row = evaluation.make_report(ranked)['classes']['cat']
+    assert row['AP'] == row['AP_area'] == row['recall'] == 0 and math.isnan(row['precision'])
+    assert json.loads(json.dumps(evaluation.without_nan(row), allow_nan=False))['precision'] is None
+
+
+# ------------------------------------------------------------------------------------------- many pictures
+
+@pytest.fixture
+def album(tmp_path, monkeypatch):
+    """A folder of three pictures, the second of them broken, and a detector that finds a cat in each."""
+    folder = tmp_path / 'album'
+    folder.mkdir()
+    for name in ('a.jpg', 'c.png'):
+        Image.new('RGB', (60, 40)).save(folder / name)
+    (folder / 'b.jpg').write_bytes(b'no picture')
+    (folder / 'notes.txt').write_text('no picture either')
+    monkeypatch.setattr(detect, 'load_detector', lambda checkpoint: (None, {'background': 0, 'cat': 1}))
+    monkeypatch.setattr(detect, 'find_objects', lambda *_: [('cat', 0.75, (1.0, 2.0, 30.0, 30.0))])
+    monkeypatch.setattr(detect, 'image', [str(folder)])
+    monkeypatch.setattr(detect, 'output', str(tmp_path / 'found'))
+    return folder
+
+
+def test_one_unreadable_picture_is_reported_and_the_rest_goes_on(album, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(detect, 'save_json', True)
+    with pytest.raises(InputError, match='1 of 3 pictures'):
+        detect.main()
+    assert str(album / 'b.jpg') in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / 'found').iterdir()) == ['a.jpg', 'c.png', 'detections.json']
+    found = json.loads((tmp_path / 'found' / 'detections.json').read_text())
+    assert found == {str(album / name): [{'label': 'cat', 'score': 0.75, 'box': [1, 2, 30, 30]}]
+                     for name in ('a.jpg', 'c.png')}
+
+
+def test_several_pictures_cannot_go_into_one_file(album, tmp_path, monkeypatch):
+    monkeypatch.setattr(detect, 'output', str(tmp_path / 'found.jpg'))
+    with pytest.raises(InputError, match=r'found\.jpg'):
+        detect.main()
+
+
+def test_copies_of_the_same_name_do_not_overwrite_each_other(album, tmp_path, monkeypatch):
+    Image.new('RGB', (9, 9)).save(tmp_path / 'a.jpg')
+    monkeypatch.setattr(detect, 'image', [str(album), str(tmp_path / 'a.jpg')])
+    with pytest.raises(InputError, match='several pictures'):
+        detect.main()
+    assert not (tmp_path / 'found').exists()
+
+
+# ----------------------------------------------------------------------------- export, TensorBoard, COCO
+
+def test_the_exported_network_gives_the_same_output_for_any_batch(model):
+    batch = torch.export.Dim('batch')
+    exported = torch.export.export(model, (torch.rand(2, 3, 300, 300),), dynamic_shapes={'images': {0: batch}}).module()
+    image = torch.rand(1, 3, 300, 300)
+    with torch.no_grad():
+        for ours, theirs in zip(model(image), exported(image)):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_losses_go_to_tensorboard_where_it_is_installed_and_nowhere_else(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)  # importing it fails
+    assert train.open_board() is None
+
+    scalars = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            assert Path(folder) == tmp_path / 'runs'
+
+        def add_scalar(self, name, value, step):
+            scalars.append((name, value, step))
+
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setattr(train, 'output_folder', str(tmp_path))
+    optimizer = types.SimpleNamespace(param_groups=[{'lr': 0.2}, {'lr': 0.1}])
+    progress = train.Progress(range(10), 3, optimizer, torch.device('cpu'), 1, False, train.open_board())
+    progress.update(torch.tensor([1.5, 0.25]), 4)
+    assert scalars[:4] == [('loss', 1.75, 31), ('loss/confidence', 1.5, 31), ('loss/localization', 0.25, 31),
+                           ('lr', 0.1, 31)]
+    assert scalars[4][0] == 'images_per_second' and scalars[4][1] > 0
+
+
+@pytest.fixture(scope='module')
+def coco():
+    """torchvision's network for COCO's 91 classes, with random weights, and ours made of it."""
+    torch.manual_seed(0)
+    theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=91, score_thresh=0.02, nms_thresh=0.45,
+                          topk_candidates=8732).eval()
+    return theirs, from_torchvision(theirs.state_dict()).eval()
+
+
+def test_the_coco_network_detects_what_torchvisions_own_does(coco):
+    theirs, ours = coco
+    torch.manual_seed(1)
+    images = torch.rand(2, 3, 300, 300)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (ours.image_mean, ours.image_std))
+    with torch.no_grad():
+        expected = theirs(list(images))
+        boxes, labels, scores = ours.detect_objects(*ours((images - mean) / std), 0.02, 0.45, 200)
+    for i in range(2):
+        assert len(scores[i]) == len(expected[i]['scores']) > 100
+        assert torch.equal(labels[i], expected[i]['labels'])
+        torch.testing.assert_close(scores[i], expected[i]['scores'], rtol=0, atol=1e-2)
+        torch.testing.assert_close(boxes[i] * 300, expected[i]['boxes'], rtol=0, atol=0.5)
+
+
+def test_coco_as_checkpoint_runs_torchvisions_weights_with_its_labels(coco, tmp_path, monkeypatch):
+    theirs, ours = coco
+    folder = tmp_path / 'hub' / 'checkpoints'
+    folder.mkdir(parents=True)
+    torch.save(theirs.state_dict(), folder / SSD300_VGG16_Weights.COCO_V1.url.rsplit('/', 1)[1])
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    loaded, label_map = load_coco_model()
+    assert len(label_map) == 91 and label_map['person'] == 1 and label_map['toothbrush'] == 90
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), ours.state_dict().values()))
+    assert torch.equal(loaded.priors_cxcy, ours.priors_cxcy)
+
+
+def test_coco_weights_that_cannot_be_downloaded_are_told_in_one_sentence(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError('no network')
+
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', fail)
+    with pytest.raises(InputError, match=f'no network.*{tmp_path}'):
+        load_coco_model()
+
+
+def test_a_checkpoint_for_other_classes_than_the_data_is_refused_with_both_maps(fruit_lists, untrained_checkpoint):
+    _, label_map = load_model(untrained_checkpoint)
+    process = run_script('eval.py', '--data_folder', fruit_lists, '--checkpoint', untrained_checkpoint)
+    assert_one_sentence(process, label_map, make_label_map(FRUIT))

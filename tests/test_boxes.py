@@ -1,0 +1,135 @@
+"""Forms of boxes, their overlaps, and decimation."""
+
+import math
+
+import pytest
+import torch
+from references import iou, offsets
+from torchvision.ops import box_convert, box_iou
+
+from utils import (cxcy_to_gcxgcy, cxcy_to_xy, decimate, find_intersection, find_jaccard_overlap, gcxgcy_to_cxcy,
+                   xy_to_cxcy)
+
+
+def random_boxes(*shape, seed=0):
+    """Boundary coordinates (…, 4) of boxes whose sides are at least 0.01."""
+    first, size = torch.rand(2, *shape, 2, generator=torch.Generator().manual_seed(seed)).unbind()
+    return torch.cat((first, first + 0.01 + size), dim=-1)
+
+
+def test_center_size_coordinates_are_the_middle_and_the_sides():
+    torch.testing.assert_close(xy_to_cxcy(torch.tensor([[0.1, 0.2, 0.5, 0.8]])), torch.tensor([[0.3, 0.5, 0.4, 0.6]]))
+    torch.testing.assert_close(cxcy_to_xy(torch.tensor([[0.3, 0.5, 0.4, 0.6]])), torch.tensor([[0.1, 0.2, 0.5, 0.8]]))
+
+
+@pytest.mark.parametrize('shape', [(1000,), (0,), (), (3, 50), (2, 3, 5)])
+def test_conversions_agree_with_torchvision_and_bring_the_boxes_back(shape):
+    boxes = random_boxes(*shape)
+    cxcy = xy_to_cxcy(boxes)
+    torch.testing.assert_close(cxcy, box_convert(boxes, 'xyxy', 'cxcywh'))
+    torch.testing.assert_close(cxcy_to_xy(cxcy), box_convert(cxcy, 'cxcywh', 'xyxy'))
+    torch.testing.assert_close(cxcy_to_xy(cxcy), boxes)
+
+
+def test_offsets_worked_out_on_paper():
+    prior = torch.tensor([[0.5, 0.5, 0.2, 0.4]])
+    box = torch.tensor([[0.6, 0.48, 0.4, 0.2]])
+    # Half a prior to the right and a twentieth up, times 10; twice as wide and half as high, times 5.
+    expected = torch.tensor([[5, -0.5, 5 * math.log(2), -5 * math.log(2)]])
+    torch.testing.assert_close(cxcy_to_gcxgcy(box, prior), expected)
+    torch.testing.assert_close(gcxgcy_to_cxcy(expected, prior), box)
+
+
+def test_offsets_agree_with_their_definition():
+    boxes, priors = random_boxes(200), xy_to_cxcy(random_boxes(200, seed=1))
+    expected = [offsets(box, prior) for box, prior in zip(boxes.tolist(), priors.tolist())]
+    torch.testing.assert_close(cxcy_to_gcxgcy(xy_to_cxcy(boxes), priors), torch.tensor(expected), atol=1e-3, rtol=1e-4)
+
+
+def test_encoding_then_decoding_gives_the_box_back(model):
+    boxes = xy_to_cxcy(random_boxes(8732))
+    decoded = gcxgcy_to_cxcy(cxcy_to_gcxgcy(boxes, model.priors_cxcy), model.priors_cxcy)
+    torch.testing.assert_close(decoded, boxes, atol=1e-5, rtol=1e-5)
+
+
+def test_decoding_takes_a_batch_of_offsets_with_one_set_of_priors():
+    offsets_of_batch, priors = random_boxes(3, 20), xy_to_cxcy(random_boxes(20, seed=1))
+    decoded = gcxgcy_to_cxcy(offsets_of_batch, priors)
+    for i in range(3):
+        torch.testing.assert_close(decoded[i], gcxgcy_to_cxcy(offsets_of_batch[i], priors))
+
+
+def test_a_prior_has_no_offset_from_itself(model):
+    assert cxcy_to_gcxgcy(model.priors_cxcy, model.priors_cxcy).eq(0).all()
+    torch.testing.assert_close(gcxgcy_to_cxcy(torch.zeros(8732, 4), model.priors_cxcy), model.priors_cxcy)
+
+
+@pytest.mark.parametrize(('a', 'b', 'shared', 'together'), [
+    ((0, 0, 4, 4), (2, 2, 6, 6), 4, 28),
+    ((0, 0, 4, 4), (1, 1, 2, 3), 2, 16),  # inside
+    ((0, 0, 4, 4), (0, 0, 4, 4), 16, 16),  # the same
+    ((0, 0, 4, 4), (0, 0, 4, 2), 8, 16),  # half
+    ((0, 0, 2, 2), (2, 0, 4, 2), 0, 8),  # side by side
+    ((0, 0, 2, 2), (3, 3, 4, 4), 0, 5),  # apart: no product of two negative sides
+    ((-3, -3, -1, -1), (-2, -2, 0, 0), 1, 7),
+    ((0, 1, 6, 2), (2, 0, 3, 6), 1, 11),  # a cross: no corner of one lies in the other
+])
+def test_overlaps_worked_out_on_paper(a, b, shared, together):
+    a, b = torch.tensor([a, b], dtype=torch.float).split(1)
+    assert find_intersection(a, b).item() == find_intersection(b, a).item() == shared
+    assert find_jaccard_overlap(a, b).item() == find_jaccard_overlap(b, a).item() == pytest.approx(shared / together)
+
+
+def test_overlaps_agree_with_torchvision_and_with_the_definition():
+    set_1, set_2 = random_boxes(40), random_boxes(60, seed=1)
+    overlaps = find_jaccard_overlap(set_1, set_2)
+    assert overlaps.shape == (40, 60)
+    torch.testing.assert_close(overlaps, box_iou(set_1, set_2))
+    torch.testing.assert_close(overlaps, torch.tensor([[iou(a, b) for b in set_2.tolist()] for a in set_1.tolist()]))
+
+
+def test_overlaps_are_found_image_by_image():
+    set_1, set_2 = random_boxes(3, 5), random_boxes(3, 7, seed=1)
+    overlaps = find_jaccard_overlap(set_1, set_2)
+    assert overlaps.shape == (3, 5, 7)
+    for i in range(3):
+        torch.testing.assert_close(overlaps[i], box_iou(set_1[i], set_2[i]))
+
+
+def test_one_set_of_boxes_serves_a_whole_batch():
+    batch, priors = random_boxes(3, 5), random_boxes(7, seed=1)
+    for find in (find_intersection, find_jaccard_overlap):
+        assert find(batch, priors).shape == (3, 5, 7)
+        torch.testing.assert_close(find(batch, priors), find(batch, priors.expand(3, 7, 4)))
+        torch.testing.assert_close(find(priors, batch), find(batch, priors).transpose(1, 2))
+
+
+def test_boxes_without_area_overlap_by_0():
+    flat = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.2, 0.5, 0.8, 0.5], [0.5, 0.2, 0.5, 0.8]])
+    assert find_jaccard_overlap(flat, flat).eq(0).all()
+    assert find_jaccard_overlap(flat, torch.tensor([[0.0, 0.0, 1.0, 1.0]])).eq(0).all()
+
+
+def test_overlaps_of_no_boxes_are_an_empty_matrix():
+    assert find_jaccard_overlap(torch.empty(0, 4), random_boxes(3)).shape == (0, 3)
+    assert find_jaccard_overlap(random_boxes(3), torch.empty(0, 4)).shape == (3, 0)
+
+
+def test_decimation_keeps_every_mth_value_of_each_dimension():
+    tensor = torch.arange(5 * 3 * 7).view(5, 3, 7)
+    assert torch.equal(decimate(tensor, m=(4, None, 3)), tensor[[0, 4]][:, :, [0, 3, 6]])
+    assert torch.equal(decimate(tensor, m=(None, 2, None)), tensor[:, [0, 2]])
+    assert decimate(torch.zeros(4096, 512, 7, 7), m=(4, None, 3, 3)).shape == (1024, 512, 3, 3)
+
+
+def test_nothing_of_the_caller_is_changed():
+    a, b, tensor = random_boxes(9), random_boxes(9, seed=1), torch.arange(12.0).view(3, 4)
+    copies = a.clone(), b.clone(), tensor.clone()
+    for one in (xy_to_cxcy, cxcy_to_xy):
+        one(a).fill_(7)  # nor does the result share memory with it
+    for two in (cxcy_to_gcxgcy, gcxgcy_to_cxcy, find_intersection, find_jaccard_overlap):
+        two(a, b).fill_(7)
+    decimate(tensor, m=(2, None))
+    assert torch.equal(a, copies[0])
+    assert torch.equal(b, copies[1])
+    assert torch.equal(tensor, copies[2])

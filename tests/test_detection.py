@@ -1,0 +1,242 @@
+"""From the network's output to objects, against suppression of everything by everything."""
+
+import pytest
+import torch
+from references import non_maximum_suppression
+from torch import nn
+from torchvision.ops import nms
+
+from model import SSD300
+from utils import cxcy_to_gcxgcy, cxcy_to_xy, gcxgcy_to_cxcy, xy_to_cxcy
+
+
+class FewPriors(SSD300):
+    """What detection needs of an SSD300, with other priors and without a network."""
+
+    def __init__(self, priors_cxcy):
+        nn.Module.__init__(self)
+        self.register_buffer('priors_cxcy', priors_cxcy, persistent=False)
+
+
+def decode(detector, locs, scores):
+    """All boxes (N, P, 4) and all classes' scores but the background's (N, P, n_classes − 1)."""
+    return cxcy_to_xy(gcxgcy_to_cxcy(locs, detector.priors_cxcy)), scores.softmax(dim=2)[:, :, 1:]
+
+
+def as_tuples(boxes, labels, scores):
+    return list(zip(boxes.tolist(), labels.tolist(), scores.tolist(), strict=True))
+
+
+def random_case(seed, n_images=2, n_priors=30, n_classes=4, grid=None):
+    """A detector and its predictions; on a grid, many overlaps and scores are exactly equal."""
+    generator = torch.Generator().manual_seed(seed)
+    center, size = torch.rand(2, n_priors, 2, generator=generator).unbind()
+    locs = torch.randn(n_images, n_priors, 4, generator=generator)
+    scores = 2 * torch.randn(n_images, n_priors, n_classes, generator=generator)
+    if grid:
+        priors = torch.cat(((center * grid).floor() / grid, ((size * grid / 2).floor() + 1) / grid), dim=1)
+        return FewPriors(priors), torch.zeros_like(locs), scores.round()
+    return FewPriors(torch.cat((center, 0.1 + 0.5 * size), dim=1)), locs, scores
+
+
+@pytest.mark.parametrize('grid', [None, 4, 8])
+def test_detection_is_greedy_suppression_class_by_class(grid):
+    for seed in range(150):
+        detector, locs, scores = random_case(seed, n_images=1 + seed % 3, grid=grid)
+        settings = {'min_score': (0.01, 0.25, 0.5)[seed % 3],
+                    'max_overlap': (0.45, 0.0, 0.25, 0.5, 1.0)[seed % 5],
+                    'top_k': (200, 1, 5, 20)[seed % 4]}
+        detections = zip(*detector.detect_objects(locs, scores, **settings), strict=True)
+        decoded = zip(*decode(detector, locs, scores), strict=True)
+        for detected, (boxes, class_scores) in zip(detections, decoded, strict=True):
+            assert as_tuples(*detected) == non_maximum_suppression(boxes.tolist(), class_scores.tolist(), **settings)
+
+
+def suppress_everything(boxes, class_scores, min_score, max_overlap):
+    """All that is left of one image's candidates, by torchvision's suppression of each class for itself."""
+    detections = []
+    for label in range(1, class_scores.shape[1] + 1):
+        scores = class_scores[:, label - 1]
+        candidates = (scores > min_score).nonzero()[:, 0]
+        kept = candidates[nms(boxes[candidates].double(), scores[candidates].double(), max_overlap)]
+        detections += [(-scores[i].item(), i.item(), label) for i in kept]
+    return [(boxes[i].tolist(), label, -score) for score, i, label in sorted(detections)]
+
+
+def test_of_90000_candidates_of_an_untrained_network_the_same_are_kept(model):
+    generator = torch.Generator().manual_seed(0)
+    locs = 0.5 * torch.randn(1, 8732, 4, generator=generator)
+    scores = 0.1 * torch.randn(1, 8732, 21, generator=generator)
+    boxes, class_scores = (decoded[0] for decoded in decode(model, locs, scores))
+    assert (class_scores > 0.047).sum() > 90_000
+    expected = suppress_everything(boxes, class_scores, min_score=0.047, max_overlap=0.45)
+    for top_k in (200, 20_000):
+        assert len(expected) > top_k
+        detected = model.detect_objects(locs, scores, 0.047, 0.45, top_k)
+        assert as_tuples(*(tensors[0] for tensors in detected)) == expected[:top_k]
+
+
+def test_when_thousands_of_the_best_candidates_are_one_object_the_same_are_kept(model):
+    generator = torch.Generator().manual_seed(1)
+    # 6,000 priors see two large objects, in three classes each; the others stay where they are and score lower.
+    targets = xy_to_cxcy(torch.tensor([[0.1, 0.1, 0.6, 0.7], [0.4, 0.3, 0.9, 0.9]])).repeat(3000, 1)
+    locs, scores = torch.zeros(1, 8732, 4), torch.randn(1, 8732, 21, generator=generator)
+    locs[0, :6000] = cxcy_to_gcxgcy(targets, model.priors_cxcy[:6000]) + torch.randn(6000, 4, generator=generator) / 10
+    scores[0, :6000, 1:4] += 6
+    scores[0, 6000:, 0] += 5
+    boxes, class_scores = (decoded[0] for decoded in decode(model, locs, scores))
+    expected = suppress_everything(boxes, class_scores, min_score=0.001, max_overlap=0.45)
+    # The best 8,000 candidates leave far fewer objects than the 200 asked for.
+    least = class_scores.flatten().sort(descending=True).values[8000]
+    assert sum(score > least for _, _, score in expected) < 100 < 200 < len(expected)
+    detected = model.detect_objects(locs, scores, 0.001, 0.45, 200)
+    assert as_tuples(*(tensors[0] for tensors in detected)) == expected[:200]
+
+
+def test_a_confident_networks_few_objects_are_found(model):
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.zeros(1, 8732, 21)
+    scores[:, :, 0] = 10
+    objects = torch.tensor([[0.1, 0.1, 0.4, 0.5], [0.5, 0.5, 0.9, 0.8]])
+    locs = torch.zeros(1, 8732, 4)
+    # Fifty priors each say "class 3" and "class 7", the first of them most surely.
+    places = torch.randperm(8732, generator=generator)[:100].view(2, 50)
+    for box, label, priors in zip(objects, (3, 7), places):
+        locs[0, priors] = cxcy_to_gcxgcy(xy_to_cxcy(box), model.priors_cxcy[priors])
+        scores[0, priors, label] = torch.linspace(20, 16 - label / 10, 50)
+    boxes, labels, found_scores = model.detect_objects(locs, scores, 0.2, 0.45, 200)
+    assert sorted(labels[0].tolist()) == [3, 7]
+    torch.testing.assert_close(boxes[0][labels[0].argsort()], objects)
+    assert found_scores[0].gt(0.99).all()
+
+
+# ---------------------------------------------------------------------------------------- cases on paper
+
+def detect(boxes, probabilities, min_score=0.01, max_overlap=0.5, top_k=200):
+    """Detection where the boxes and the probabilities of the classes, background first, are given."""
+    boxes, probabilities = torch.tensor(boxes, dtype=torch.float), torch.tensor(probabilities)
+    detector = FewPriors(xy_to_cxcy(boxes))
+    found = detector.detect_objects(torch.zeros(1, len(boxes), 4), probabilities.log()[None], min_score, max_overlap,
+                                    top_k)
+    return tuple(tensors[0] for tensors in found)
+
+
+APART = [[0, 0, 0.25, 0.25], [0.5, 0, 0.75, 0.25], [0, 0.5, 0.25, 0.75]]
+
+
+def test_the_better_of_two_overlapping_boxes_is_kept_if_they_are_of_one_class():
+    boxes = [[0, 0, 0.5, 0.5], [0, 0, 0.5, 0.4]]  # an overlap of 0.8
+    _, labels, scores = detect(boxes, [[0.4, 0.5, 0.1], [0.3, 0.7, 0]], min_score=0.2)
+    assert labels.tolist() == [1]
+    assert scores.tolist() == pytest.approx([0.7])
+    _, labels, scores = detect(boxes, [[0.4, 0.5, 0.1], [0.3, 0, 0.7]], min_score=0.2)
+    assert labels.tolist() == [2, 1]
+    assert scores.tolist() == pytest.approx([0.7, 0.5])
+
+
+def test_a_suppressed_box_suppresses_no_other():
+    # Each overlaps with the next by 0.6, the first and the third by a third.
+    boxes = [[0, 0, 0.5, 0.5], [0, 0.125, 0.5, 0.625], [0, 0.25, 0.5, 0.75]]
+    _, _, scores = detect(boxes, [[0.1, 0.9], [0.2, 0.8], [0.3, 0.7]])
+    assert scores.tolist() == pytest.approx([0.9, 0.7])
+
+
+def test_an_overlap_of_exactly_max_overlap_does_not_suppress():
+    boxes = [[0, 0, 0.5, 0.5], [0, 0, 0.5, 0.25]]  # an overlap of exactly 0.5
+    assert len(detect(boxes, [[0.2, 0.8], [0.4, 0.6]], max_overlap=0.5)[0]) == 2
+    assert len(detect(boxes, [[0.2, 0.8], [0.4, 0.6]], max_overlap=0.4999)[0]) == 1
+
+
+def test_small_boxes_of_the_last_class_are_compared_to_the_last_digit():
+    # Pairs of boxes of a hundredth of the image whose overlaps lie closely around a half. Were classes kept apart by
+    # shifting their boxes in float32, these would lose a thousandth of their sides.
+    heights = torch.linspace(0.00499, 0.00501, 100)
+    corners = torch.cartesian_prod(torch.arange(10) / 10, torch.arange(10) / 10)  # (100, 2)
+    whole = torch.cat((corners, corners + 0.01), dim=1)
+    half = torch.cat((corners, corners + torch.stack((torch.full((100,), 0.01), heights), dim=1)), dim=1)
+    boxes = torch.cat((whole, half))
+    probabilities = torch.zeros(200, 21)
+    probabilities[:, 20], probabilities[:, 0] = 0.6, 0.4
+    probabilities[100:, 20], probabilities[100:, 0] = 0.4, 0.6
+    detector = FewPriors(xy_to_cxcy(boxes))
+    locs, scores = torch.zeros(1, 200, 4), probabilities.log()[None]
+    (decoded,), (class_scores,) = decode(detector, locs, scores)
+    detected = detector.detect_objects(locs, scores, 0.1, 0.5, 200)
+    expected = non_maximum_suppression(decoded.tolist(), class_scores.tolist(), 0.1, 0.5, 200)
+    assert as_tuples(*(tensors[0] for tensors in detected)) == expected
+    assert 140 < len(expected) < 160
+
+
+def test_a_score_must_be_greater_than_min_score():
+    boxes, probabilities = APART[:1], [[0.5, 0.5]]  # equal scores: the softmax is exactly 0.5
+    assert len(detect(boxes, probabilities, min_score=0.5)[0]) == 0
+    assert len(detect(boxes, probabilities, min_score=0.4999)[0]) == 1
+
+
+def test_the_best_top_k_are_returned_by_falling_score():
+    probabilities = [[0.5, 0.5], [0.1, 0.9], [0.3, 0.7]]
+    for top_k in (1, 2, 3, 4):
+        boxes, _, scores = detect(APART, probabilities, top_k=top_k)
+        assert scores.tolist() == pytest.approx([0.9, 0.7, 0.5][:top_k])
+        torch.testing.assert_close(boxes, torch.tensor(APART)[[1, 2, 0]][:top_k])
+
+
+def test_objects_of_equal_score_come_in_the_order_of_the_priors():
+    boxes, _, _ = detect(APART, [[0.5, 0.5]] * 3)
+    torch.testing.assert_close(boxes, torch.tensor(APART))
+    boxes, _, _ = detect(APART[::-1], [[0.5, 0.5]] * 3, top_k=2)
+    torch.testing.assert_close(boxes, torch.tensor(APART[::-1][:2]))
+    # Of equal boxes of equal score the first one stays.
+    assert len(detect(APART[:1] * 3, [[0.5, 0.5]] * 3)[0]) == 1
+
+
+def test_a_prior_can_be_an_object_of_several_classes_but_never_background():
+    boxes, labels, _ = detect(APART[:1], [[0.5, 0.2, 0.3]])
+    assert labels.tolist() == [2, 1]
+    torch.testing.assert_close(boxes, torch.tensor(APART[:1] * 2))
+    assert len(detect(APART, [[0.99, 0.004, 0.006]] * 3)[0]) == 0
+
+
+def test_an_image_without_objects_gives_empty_tensors():
+    detector, locs, scores = random_case(0, n_images=3)
+    scores[1, :, 0] = 100
+    boxes, labels, found_scores = detector.detect_objects(locs, scores, 0.25, 0.45, 200)
+    assert len(boxes) == len(labels) == len(found_scores) == 3
+    assert boxes[1].shape == (0, 4)
+    assert labels[1].shape == found_scores[1].shape == (0,)
+    for i in range(3):
+        assert (boxes[i].dtype, labels[i].dtype, found_scores[i].dtype) == (torch.float, torch.long, torch.float)
+        assert (len(boxes[i]) == 0) == (i == 1)
+
+
+def test_an_image_gives_the_same_objects_alone_and_in_a_batch():
+    detector, locs, scores = random_case(1, n_images=4)
+    batch = detector.detect_objects(locs, scores, 0.1, 0.45, 20)
+    assert all(isinstance(tensors, list) and len(tensors) == 4 for tensors in batch)
+    for i in range(4):
+        alone = detector.detect_objects(locs[i:i + 1], scores[i:i + 1], 0.1, 0.45, 20)
+        for tensors, (tensor,) in zip(batch, alone, strict=True):
+            torch.testing.assert_close(tensors[i], tensor)
+
+
+def test_predictions_for_another_number_of_priors_are_refused_in_words():
+    detector, locs, scores = random_case(2)
+    for wrong in ((locs[:, :20], scores), (locs, scores[:, :20])):
+        with pytest.raises(ValueError, match='30 priors'):
+            detector.detect_objects(*wrong, 0.1, 0.45, 20)
+
+
+def test_a_box_far_outside_the_image_suppresses_none_of_another_class():
+    far = [-40, -40, 1, 1]
+    _, labels, _ = detect([far, far], [[0.1, 0.9, 0], [0.2, 0, 0.8]])
+    assert labels.tolist() == [1, 2]
+
+
+def test_nothing_of_the_caller_is_changed():
+    detector, *tensors = random_case(3)
+    copies = [tensor.clone() for tensor in (*tensors, detector.priors_cxcy)]
+    for found in detector.detect_objects(*tensors, 0.1, 0.45, 20):
+        for tensor in found:
+            tensor.fill_(7)  # nor do the results share memory with it
+    for tensor, copied in zip((*tensors, detector.priors_cxcy), copies, strict=True):
+        assert torch.equal(tensor, copied)

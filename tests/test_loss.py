@@ -1,0 +1,333 @@
+"""The loss: matching, hard negatives and the two parts, against the plain reference and by hand."""
+
+import math
+
+import pytest
+import torch
+from references import match, multibox_loss
+from torch import distributed, multiprocessing
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import MultiBoxLoss
+from utils import cxcy_to_xy, xy_to_cxcy
+
+REFERENCES = {'smooth_l1': {}, 'l1': {'localization': abs}}  # the reference's own default is smooth L1
+
+
+def random_boxes(n, generator, grid=None):
+    """Boundary coordinates (n, 4), small boxes and large ones; on a grid, overlaps can be exactly equal."""
+    first, last = torch.rand(n, 2, 2, generator=generator).sort(dim=1).values.unbind(dim=1)
+    if grid:
+        return torch.cat(((first * grid).floor(), (last * grid).floor() + 1), dim=1) / grid
+    return torch.cat((first, last + 0.02), dim=1)
+
+
+def random_case(seed, n_priors=40, n_images=None, n_classes=4, grid=None, counts=None):
+    """Priors, predicted locs and scores, boxes, labels."""
+    generator = torch.Generator().manual_seed(seed)
+    if counts is None:
+        n_images = n_images or int(torch.randint(1, 5, (), generator=generator))
+        counts = torch.randint(0, 6, (n_images,), generator=generator).tolist()
+    priors = xy_to_cxcy(random_boxes(n_priors, generator, grid))
+    locs = 3 * torch.randn(len(counts), n_priors, 4, generator=generator)
+    scores = 2 * torch.randn(len(counts), n_priors, n_classes, generator=generator)
+    boxes = [random_boxes(count, generator, grid) for count in counts]
+    labels = [torch.randint(1, n_classes, (count,), generator=generator) for count in counts]
+    return priors, locs, scores, boxes, labels
+
+
+def as_lists(*arguments):
+    return [[tensor.tolist() for tensor in argument] for argument in arguments]
+
+
+def check(case, localization, **settings):
+    priors, *arguments = case
+    criterion = MultiBoxLoss(priors, localization=localization, **settings)
+    loss = criterion(*arguments)
+    alpha = settings.pop('alpha', 1.0)
+    expected = multibox_loss(priors.tolist(), *as_lists(*arguments), **REFERENCES[localization], **settings)
+    assert criterion.parts.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert loss.item() == pytest.approx(expected[0] + alpha * expected[1], rel=1e-4, abs=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------- matching
+
+def check_matching(seed, grid):
+    priors, _, _, boxes, labels = random_case(seed, grid=grid)
+    true_boxes, true_classes = MultiBoxLoss(priors).match(boxes, labels)
+    assert true_boxes.shape == (len(boxes), 40, 4)
+    assert true_classes.shape == (len(boxes), 40)
+    for image in range(len(boxes)):
+        objects = match(cxcy_to_xy(priors).tolist(), boxes[image].tolist(), threshold=0.5)
+        assert true_classes[image].tolist() == [0 if j is None else labels[image][j].item() for j in objects]
+        for i, j in enumerate(objects):
+            if j is not None:
+                assert torch.equal(true_boxes[image, i], boxes[image][j])
+
+
+@pytest.mark.parametrize('grid', [None, 8, 16])
+def test_matching_agrees_with_its_definition(grid):
+    for seed in range(100):
+        check_matching(seed, grid)
+
+
+# Four priors, quarters of the image, and one in its middle.
+QUARTERS = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.75, 0.25, 0.5, 0.5], [0.25, 0.75, 0.5, 0.5],
+                         [0.75, 0.75, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]])
+
+
+def match_quarters(boxes, labels):
+    boxes = [torch.tensor(box, dtype=torch.float).view(-1, 4) for box in boxes]
+    labels = [torch.tensor(label, dtype=torch.long) for label in labels]
+    return MultiBoxLoss(QUARTERS).match(boxes, labels)
+
+
+def test_an_object_below_the_threshold_still_gets_its_best_prior():
+    box = [0.05, 0.05, 0.25, 0.25]  # 0.04 of the first quarter's 0.25
+    true_boxes, true_classes = match_quarters([[box]], [[7]])
+    assert true_classes.tolist() == [[7, 0, 0, 0, 0]]
+    assert true_boxes[0, 0].tolist() == pytest.approx(box)
+
+
+def test_an_object_that_meets_no_prior_still_gets_one():
+    _, true_classes = match_quarters([[[2, 2, 3, 3]]], [[7]])
+    assert true_classes.sum() == 7
+
+
+@pytest.mark.parametrize('labels', [[3, 4], [4, 3]])
+def test_of_two_objects_with_the_same_best_prior_the_later_has_it(labels):
+    whole, tiny = [0, 0, 0.5, 0.5], [0.1, 0.1, 0.3, 0.3]
+    for boxes in ([whole, tiny], [tiny, whole]):
+        true_boxes, true_classes = match_quarters([boxes], [labels])
+        assert true_classes.tolist() == [[labels[1], 0, 0, 0, 0]]
+        assert true_boxes[0, 0].tolist() == pytest.approx(boxes[1])
+
+
+def test_a_claimed_prior_is_taken_from_an_object_that_it_overlaps_more():
+    # Both objects overlap most with the first quarter; the small one doesn't reach the threshold, but claims it.
+    _, true_classes = match_quarters([[[0, 0, 0.5, 0.45], [0.2, 0.2, 0.4, 0.4]]], [[3, 4]])
+    assert true_classes.tolist() == [[4, 0, 0, 0, 0]]
+
+
+def test_an_overlap_of_exactly_the_threshold_is_positive():
+    # Twice as wide as the first and the third quarter: an overlap of exactly 0.5 with both.
+    _, true_classes = match_quarters([[[0, 0, 0.5, 1]]], [[7]])
+    assert true_classes.tolist() == [[7, 0, 7, 0, 0]]
+
+
+def test_images_are_matched_for_themselves_whatever_their_numbers_of_objects():
+    boxes = [[[0, 0, 0.5, 0.5]], [], [[0.5, 0.5, 1, 1], [0.5, 0, 1, 0.5], [0.25, 0.25, 0.75, 0.75]]]
+    _, true_classes = match_quarters(boxes, [[1], [], [2, 3, 4]])
+    assert true_classes.tolist() == [[1, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 3, 0, 2, 4]]
+
+
+# --------------------------------------------------------------------------------------------------- loss
+
+@pytest.mark.parametrize('grid', [None, 16])
+@pytest.mark.parametrize('localization', ['smooth_l1', 'l1'])
+def test_the_loss_and_its_parts_agree_with_their_definition(localization, grid):
+    for seed in range(100):
+        check(random_case(seed, grid=grid), localization)
+
+
+def test_threshold_ratio_and_alpha_do_what_they_say():
+    for seed in range(30):
+        check(random_case(seed), 'smooth_l1', threshold=0.3, neg_pos_ratio=1, alpha=2.5)
+        check(random_case(seed), 'l1', threshold=0.7, neg_pos_ratio=7, alpha=0.0)
+
+
+@pytest.mark.parametrize('localization', ['smooth_l1', 'l1'])
+def test_the_loss_with_the_real_priors_agrees_with_its_definition(model, localization):
+    case = random_case(0, n_priors=8732, n_classes=21, counts=[3, 0, 1])
+    check((model.priors_cxcy, *case[1:]), localization)
+
+
+def test_the_loss_worked_out_on_paper():
+    # One object on the first quarter; scores of 0 cost log 2 everywhere: one positive, three hard negatives.
+    criterion = MultiBoxLoss(QUARTERS)
+    locs = torch.zeros(1, 5, 4)
+    locs[0, 0] = torch.tensor([3, -0.5, 0, 0])  # smooth L1: 2.5, 0.125, 0, 0
+    loss = criterion(locs, torch.zeros(1, 5, 2), [torch.tensor([[0, 0, 0.5, 0.5]])], [torch.tensor([1])])
+    assert criterion.parts.tolist() == pytest.approx([4 * math.log(2), 2.625 / 4])
+    assert loss.item() == pytest.approx(4 * math.log(2) + 2.625 / 4)
+
+
+def test_smooth_l1_is_the_default():
+    priors, *arguments = random_case(1, counts=[3, 2])
+    default, smooth, plain = (MultiBoxLoss(priors, **settings)(*arguments).item()
+                              for settings in ({}, {'localization': 'smooth_l1'}, {'localization': 'l1'}))
+    assert default == smooth != plain
+
+
+@pytest.mark.parametrize('localization', ['L1', 'smooth-l1', '', None])
+def test_an_unknown_localization_is_refused_in_words(localization):
+    with pytest.raises(ValueError, match="'smooth_l1' or 'l1'"):
+        MultiBoxLoss(torch.rand(4, 4), localization=localization)
+
+
+def test_the_parts_add_up_to_the_loss_and_have_no_gradient():
+    priors, locs, *rest = random_case(2, counts=[3, 2])
+    for alpha in (1.0, 0.5):
+        criterion = MultiBoxLoss(priors, alpha=alpha)
+        loss = criterion(locs.requires_grad_(), *rest)
+        confidence, localisation = criterion.parts
+        assert confidence > 0
+        assert localisation > 0
+        assert not criterion.parts.requires_grad
+        assert loss.item() == pytest.approx((confidence + alpha * localisation).item())
+
+
+def test_hard_negatives_are_chosen_image_by_image():
+    # The first image has an object and easy negatives; the second has none, so its hard ones don't count.
+    boxes = [torch.tensor([[0, 0, 0.5, 0.5]]), torch.empty(0, 4)]
+    labels = [torch.tensor([1]), torch.empty(0, dtype=torch.long)]
+    scores = torch.zeros(2, 5, 2)
+    scores[1, :, 1] = 50
+    criterion = MultiBoxLoss(QUARTERS)
+    criterion(torch.zeros(2, 5, 4), scores, boxes, labels)
+    assert criterion.parts[0].item() == pytest.approx(4 * math.log(2))
+    # Turned round, they count for three of the first image's.
+    criterion(torch.zeros(2, 5, 4), scores.flip(0), boxes, labels)
+    assert criterion.parts[0].item() == pytest.approx(150, rel=1e-4)
+
+
+def test_a_positive_prior_is_never_a_hard_negative():
+    scores = torch.zeros(1, 5, 2)
+    scores[0, 0, 0] = 50  # the positive prior says "background": were it a negative one, it would be the easiest
+    scores[0, 1, 1] = 20
+    criterion = MultiBoxLoss(QUARTERS, neg_pos_ratio=1)
+    criterion(torch.zeros(1, 5, 4), scores, [torch.tensor([[0, 0, 0.5, 0.5]])], [torch.tensor([1])])
+    assert criterion.parts[0].item() == pytest.approx(50 + 20, rel=1e-4)
+
+
+def test_the_loss_of_a_batch_is_that_of_its_images_weighted_by_their_positives():
+    for seed in range(20):
+        priors, locs, scores, boxes, labels = random_case(seed, counts=[3, 0, 1, 5])
+        criterion = MultiBoxLoss(priors)
+        loss = criterion(locs, scores, boxes, labels).item()
+        singles, weights = [], []
+        for i in range(4):
+            singles.append(criterion(locs[i:i + 1], scores[i:i + 1], boxes[i:i + 1], labels[i:i + 1]).item())
+            weights.append((criterion.match(boxes[i:i + 1], labels[i:i + 1])[1] > 0).sum().item())
+        expected = sum(single * weight for single, weight in zip(singles, weights)) / sum(weights)
+        assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_image_without_objects_adds_nothing():
+    priors, locs, scores, boxes, labels = random_case(3, counts=[4, 0])
+    criterion = MultiBoxLoss(priors)
+    together = criterion(locs, scores, boxes, labels)
+    torch.testing.assert_close(together, criterion(locs[:1], scores[:1], boxes[:1], labels[:1]))
+
+
+@pytest.mark.parametrize('localization', ['smooth_l1', 'l1'])
+def test_a_batch_without_any_object_has_loss_0_and_gradient_0(localization):
+    priors, locs, scores, boxes, labels = random_case(4, counts=[0, 0])
+    criterion = MultiBoxLoss(priors, localization=localization)
+    loss = criterion(locs.requires_grad_(), scores.requires_grad_(), boxes, labels)
+    loss.backward()
+    assert loss == 0
+    assert criterion.parts.eq(0).all()
+    assert locs.grad.eq(0).all()
+    assert scores.grad.eq(0).all()
+
+
+@pytest.mark.parametrize('localization', ['smooth_l1', 'l1'])
+def test_the_gradient_is_the_slope_of_the_definition(localization):
+    priors, locs, scores, boxes, labels = random_case(5, n_priors=15, n_classes=3, counts=[2, 1])
+    MultiBoxLoss(priors, localization=localization)(locs.requires_grad_(), scores.requires_grad_(),
+                                                    boxes, labels).backward()
+    priors, (locs_list, scores_list, boxes, labels) = priors.tolist(), as_lists(locs, scores, boxes, labels)
+    step = 1e-4
+    for values, gradient in ((locs_list, locs.grad), (scores_list, scores.grad)):
+        for i, j, k in torch.cartesian_prod(*map(torch.arange, gradient.shape)).tolist():
+            losses, value = [], values[i][j][k]
+            for changed in (value - step, value + step):
+                values[i][j][k] = changed
+                losses.append(sum(multibox_loss(priors, locs_list, scores_list, boxes, labels,
+                                                **REFERENCES[localization])))
+            values[i][j][k] = value
+            assert gradient[i, j, k].item() == pytest.approx((losses[1] - losses[0]) / (2 * step), abs=1e-4)
+        assert gradient.ne(0).any()
+
+
+def test_half_precision_predictions_lose_nothing_in_the_loss():
+    priors, locs, scores, boxes, labels = random_case(6, counts=[3, 2])
+    locs, scores = locs.bfloat16(), scores.bfloat16()
+    criterion = MultiBoxLoss(priors)
+    loss = criterion(locs, scores, boxes, labels)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, criterion(locs.float(), scores.float(), boxes, labels))
+
+
+def test_nothing_of_the_caller_is_changed():
+    case = random_case(7, counts=[3, 0, 2])
+    copies = random_case(7, counts=[3, 0, 2])
+    criterion = MultiBoxLoss(case[0])
+    criterion(case[1].requires_grad_(), case[2].requires_grad_(), *case[3:]).backward()
+    for tensors, before in zip(case, copies):
+        for tensor, copied in zip(tensors, before, strict=True):
+            assert torch.equal(tensor, copied)
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts the operations that reach the device's library, those of the backward pass included."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_number_of_operations_does_not_grow_with_the_batch():
+    counts = []
+    for n_images in (1, 32):
+        priors, locs, scores, boxes, labels = random_case(8, counts=[3] * n_images)
+        criterion = MultiBoxLoss(priors)
+        with OperationCounter() as counter:
+            criterion(locs.requires_grad_(), scores.requires_grad_(), boxes, labels).backward()
+        counts.append(counter.count)
+    assert 0 < counts[1] <= 1.3 * counts[0]
+
+
+# -------------------------------------------------------------------------------------- several processes
+
+SHARED_BATCHES = {'objects in all shares': [3, 1, 2, 4], 'objects in one share alone': [3, 2, 0, 0],
+                  'no objects': [0, 0, 0, 0]}
+
+
+def gradients_of_a_share(case, images=slice(None)):
+    priors, *rest = case
+    locs, scores, boxes, labels = (argument[images] for argument in rest)
+    MultiBoxLoss(priors)(locs.requires_grad_(), scores.requires_grad_(), boxes, labels).backward()
+    return locs.grad, scores.grad
+
+
+def one_of_two_processes(rank, folder):
+    distributed.init_process_group('gloo', init_method=f'file://{folder}/meeting', rank=rank, world_size=2)
+    gradients = {name: gradients_of_a_share(random_case(9, counts=counts), slice(2 * rank, 2 * rank + 2))
+                 for name, counts in SHARED_BATCHES.items()}
+    torch.save(gradients, f'{folder}/gradients_{rank}.pth')
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope='module')
+def gradients_of_two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('two_processes')
+    multiprocessing.spawn(one_of_two_processes, args=(folder,), nprocs=2)
+    return [torch.load(folder / f'gradients_{rank}.pth') for rank in range(2)]
+
+
+@pytest.mark.parametrize('name', [
+    'objects in all shares',
+    'objects in one share alone',
+    'no objects',
+])
+def test_two_processes_average_to_the_gradient_of_the_whole_batch(gradients_of_two_processes, name):
+    whole = gradients_of_a_share(random_case(9, counts=SHARED_BATCHES[name]))
+    shares = zip(*(gradients[name] for gradients in gradients_of_two_processes))
+    for gradient, (first, second) in zip(whole, shares, strict=True):
+        torch.testing.assert_close(torch.cat((first, second)) / 2, gradient)
