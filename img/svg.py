@@ -1,0 +1,199 @@
+"""A small canvas for SVG, with the looks that all figures share.
+
+One unit is one pixel where the README is shown at its full width. Whatever is drawn later lies on top.
+"""
+
+import base64
+import math
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+WIDTH = 830  # of every figure: the width at which GitHub shows a README
+FONT_SIZE, TITLE_SIZE = 14, 17
+LINE_HEIGHT = 21
+STROKE, HAIRLINE = 2, 1  # of lines, and of the grids behind them
+FONT = "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', Helvetica, Arial, sans-serif"
+
+# Colours that stay apart for colour-blind eyes, too. Each has one meaning in all figures.
+BLUE = '#0b66a8'  # localisation
+AMBER = '#e69f00'  # classes
+RED = '#c8440c'  # priors
+GREEN = '#047857'  # positive
+GREY = '#6b7280'  # negative
+PURPLE = '#8a3d8f'  # objects
+INK, PAPER, EDGE, WHITE = '#1f2328', '#f6f8fa', '#d0d7de', '#ffffff'
+
+
+def tint(color, strength=0.25):
+    """A colour mixed with white: 1 leaves it as it is, 0 is white."""
+    channels = (int(color[i:i + 2], 16) for i in (1, 3, 5))
+    return '#' + ''.join(f'{round(255 - strength * (255 - channel)):02x}' for channel in channels)
+
+
+def ink_on(color):
+    """Black or white, whichever is easier to read on a colour."""
+    return INK if color in (AMBER, WHITE, PAPER) else WHITE
+
+
+def number(value):
+    """Numbers with one digit behind the point at most, so that every computer writes the same file."""
+    return f'{round(value, 1) + 0:g}'  # + 0 makes -0.0 to 0
+
+
+def text_width(text):
+    """About the width of a text, for a wide font."""
+    return 0.6 * FONT_SIZE * len(text)
+
+
+class Canvas:
+    def __init__(self, height, width=WIDTH):
+        self.width, self.height = width, height
+        self.elements, self.pictures = [], {}
+        # Pages are light or dark: with a ground of its own, a figure looks the same on both.
+        self.rect(1, 1, width - 2, height - 2, PAPER, EDGE, corner=8)
+
+    # ------------------------------------------------------------------------------------------- file
+
+    def save(self, path):
+        defs = ''.join(f'<image id="{name}" width="{width}" height="{height}" href="data:image/jpeg;base64,{data}"/>\n'
+                       for name, (width, height, data) in self.pictures.items())
+        size = f'width="{self.width}" height="{self.height}" viewBox="0 0 {self.width} {self.height}"'
+        lines = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="{FONT}" font-size="{FONT_SIZE}">',
+                 *([f'<defs>\n{defs}</defs>'] if defs else []), *self.elements, '</svg>']
+        Path(path).write_bytes('\n'.join([*lines, '']).encode())
+
+    def add(self, tag, content=None, **attributes):
+        words = ''.join(f' {name.replace("_", "-")}="{value if isinstance(value, str) else number(value)}"'
+                        for name, value in attributes.items() if value is not None)
+        self.elements.append(f'<{tag}{words}/>' if content is None
+                             else f'<{tag}{words}>{escape(content, quote=False)}</{tag}>')
+
+    # ----------------------------------------------------------------------------------------- shapes
+
+    def rect(self, x, y, width, height, fill='none', stroke=None, dashed=False, opacity=None, corner=None,
+             stroke_width=STROKE):
+        self.add('rect', x=x, y=y, width=width, height=height, rx=corner, fill=fill, fill_opacity=opacity,
+                 stroke=stroke, stroke_width=stroke and stroke_width,
+                 stroke_dasharray='6 4' if dashed else None)
+
+    def path(self, points, stroke=INK, fill='none', closed=False, dashed=False, stroke_width=STROKE):
+        data = 'M' + ' L'.join(f'{number(x)} {number(y)}' for x, y in points) + ('Z' if closed else '')
+        self.add('path', d=data, fill=fill, stroke=stroke, stroke_width=stroke_width, stroke_linejoin='round',
+                 stroke_dasharray='6 4' if dashed else None)
+
+    def line(self, x1, y1, x2, y2, color=INK, dashed=False, halo=False, stroke_width=STROKE):
+        """`halo` puts a white edge around it, for lines on pictures."""
+        if halo:
+            self.path([(x1, y1), (x2, y2)], WHITE, stroke_width=3 * STROKE)
+        self.path([(x1, y1), (x2, y2)], color, dashed=dashed, stroke_width=stroke_width)
+
+    def arrow(self, x1, y1, x2, y2, color=INK, both=False, halo=False):
+        length = math.hypot(x2 - x1, y2 - y1)
+        dx, dy = (x2 - x1) / length, (y2 - y1) / length
+        self.line(x1, y1, x2 - 4 * dx, y2 - 4 * dy, color, halo=halo)
+        for x, y, sign in [(x2, y2, 1), (x1, y1, -1)][:2 if both else 1]:
+            back_x, back_y = x - sign * 9 * dx, y - sign * 9 * dy
+            self.path([(x, y), (back_x - 4.5 * dy, back_y + 4.5 * dx), (back_x + 4.5 * dy, back_y - 4.5 * dx)],
+                      stroke=WHITE if halo else None, fill=color, closed=True, stroke_width=HAIRLINE)
+
+    def dot(self, x, y, color=INK, radius=5):
+        self.add('circle', cx=x, cy=y, r=radius, fill=color, stroke=WHITE, stroke_width=HAIRLINE)
+
+    def volume(self, x, y, width, height, depth, color):
+        """A feature map: its front is what one channel looks like, its depth tells how many channels it has.
+        (x, y) is the upper left corner of the front."""
+        d = 0.7 * depth  # seen at 45 degrees
+        top = [(x, y), (x + d, y - d), (x + width + d, y - d), (x + width, y)]
+        side = [(x + width, y), (x + width + d, y - d), (x + width + d, y + height - d), (x + width, y + height)]
+        self.path(top, color, tint(color, 0.15), closed=True)
+        self.path(side, color, tint(color, 0.5), closed=True)
+        self.rect(x, y, width, height, tint(color), color)
+
+    def grid(self, x, y, width, height, columns, rows, color=EDGE):
+        """The lines between the cells of a grid."""
+        for i in range(1, columns):
+            self.line(x + width * i / columns, y, x + width * i / columns, y + height, color, stroke_width=HAIRLINE)
+        for i in range(1, rows):
+            self.line(x, y + height * i / rows, x + width, y + height * i / rows, color, stroke_width=HAIRLINE)
+
+    # ------------------------------------------------------------------------------------------- text
+
+    def text(self, x, y, text, color=INK, anchor='start', bold=False, title=False):
+        """(x, y) lies on the base line of the first line; `anchor` is start, middle or end."""
+        for i, line in enumerate(text.split('\n')):
+            self.add('text', line, x=x, y=y + i * LINE_HEIGHT, fill=color,
+                     text_anchor=None if anchor == 'start' else anchor,
+                     font_weight='bold' if bold or title else None, font_size=TITLE_SIZE if title else None)
+
+    def chip(self, x, y, text, color):
+        """A text on a ground of its colour, for labels on pictures; (x, y) is its upper left corner."""
+        width = chip_width(text)
+        self.rect(x, y, width, CHIP_HEIGHT, color, corner=3)
+        self.text(x + width / 2, y + CHIP_HEIGHT - 6, text, ink_on(color), 'middle', bold=True)
+
+    def table(self, x, y, widths, rows, fills=None, row_height=27):
+        """Rows of texts, the first one being the heading. `fills` gives cells (row, column) a colour."""
+        for i, row in enumerate(rows):
+            left = x
+            for j, (cell, width) in enumerate(zip(row, widths, strict=True)):
+                fill = (fills or {}).get((i, j), PAPER if i == 0 else WHITE)
+                self.rect(left, y + i * row_height, width, row_height, fill, EDGE, stroke_width=HAIRLINE)
+                self.text(left + width / 2, y + (i + 0.5) * row_height + 5, cell, anchor='middle', bold=i == 0)
+                left += width
+
+    # --------------------------------------------------------------------------------------- pictures
+
+    def picture(self, path, x, y, width):
+        """A JPEG, its file's bytes as they are; used several times, it is stored once. Returns its height."""
+        name = Path(path).stem
+        with Image.open(path) as image:
+            original_width, original_height = image.size
+        if name not in self.pictures:
+            self.pictures[name] = (original_width, original_height,
+                                   base64.b64encode(Path(path).read_bytes()).decode())
+        scale = width / original_width
+        self.add('use', href=f'#{name}', transform=f'translate({number(x)} {number(y)}) scale({scale:.4f})')
+        return original_height * scale
+
+
+CHIP_HEIGHT = 21
+
+
+def chip_width(text):
+    return max(text_width(text) + 6, CHIP_HEIGHT)
+
+
+class Axes:
+    """The frame of a chart, and the way from its values to the canvas."""
+
+    def __init__(self, canvas, x, y, width, height, x_range, y_range, log_y=False):
+        self.canvas, self.x, self.y, self.width, self.height = canvas, x, y, width, height
+        self.x_range, self.y_range, self.log_y = x_range, y_range, log_y
+        canvas.rect(x, y, width, height, WHITE)
+
+    def at(self, value_x, value_y):
+        (x1, x2), (y1, y2) = self.x_range, self.y_range
+        if self.log_y:
+            y1, y2, value_y = (math.log10(value) for value in (y1, y2, value_y))
+        return (self.x + (value_x - x1) / (x2 - x1) * self.width,
+                self.y + self.height - (value_y - y1) / (y2 - y1) * self.height)
+
+    def ticks_x(self, values, show=str):
+        for value in values:
+            x, _ = self.at(value, self.y_range[0])
+            self.canvas.line(x, self.y, x, self.y + self.height, EDGE, stroke_width=HAIRLINE)
+            self.canvas.text(x, self.y + self.height + 20, show(value), anchor='middle')
+
+    def ticks_y(self, values, show=str):
+        for value in values:
+            _, y = self.at(self.x_range[0], value)
+            self.canvas.line(self.x, y, self.x + self.width, y, EDGE, stroke_width=HAIRLINE)
+            self.canvas.text(self.x - 8, y + 5, show(value), anchor='end')
+
+    def frame(self, x_label, y_label):
+        bottom = self.y + self.height
+        self.canvas.path([(self.x, self.y), (self.x, bottom), (self.x + self.width, bottom)])
+        self.canvas.text(self.x + self.width / 2, bottom + 42, x_label, anchor='middle', bold=True)
+        self.canvas.text(self.x, self.y - 12, y_label, bold=True)
