@@ -1,0 +1,507 @@
+"""The transforms: what becomes of pictures and boxes on their way to the network."""
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+import torchvision.transforms.functional as F
+from PIL import Image, ImageOps
+
+import utils
+from utils import (DISTORTIONS, IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, look_through, photometric_distort, random_crop,
+                   shift_hue, transform, zoom_out)
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+OVERLAPS = (None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def seed(value):
+    random.seed(value)
+    torch.manual_seed(value)
+
+
+def noise(width, height):
+    """A picture of random pixels."""
+    return Image.frombytes('RGB', (width, height), random.randbytes(3 * width * height))
+
+
+def random_boxes(n, width, height, margin=0, smallest=1):
+    """Boxes (n, 4) with whole coordinates in a picture, at least so many pixels away from its edges."""
+    boxes = []
+    for _ in range(n):
+        sides = []
+        for size in (width, height):
+            low = random.randint(margin, size - 1 - margin - smallest)
+            sides.append((low, random.randint(low + smallest, size - 1 - margin)))
+        (x_min, x_max), (y_min, y_max) = sides
+        boxes.append([x_min, y_min, x_max, y_max])
+    return torch.tensor(boxes, dtype=torch.float).view(-1, 4)
+
+
+def random_case(value, margin=0, smallest=1, low=20, high=250):
+    """A picture with one to six objects. The i-th has the label i + 1 and is difficult if i is odd."""
+    seed(value)
+    width, height = random.randint(low, high), random.randint(low, high)
+    boxes = random_boxes(random.randint(1, 6), width, height, margin, smallest)
+    labels = torch.arange(1, len(boxes) + 1)
+    return noise(width, height), boxes, labels, (labels % 2 == 0)
+
+
+def painted(width, height):
+    """A picture of at most 256×256 whose red is a pixel's column and whose green is its row."""
+    columns = Image.frombytes('L', (width, 1), bytes(range(width))).resize((width, height))
+    rows = Image.frombytes('L', (1, height), bytes(range(height))).resize((width, height))
+    return Image.merge('RGB', (columns, rows, Image.new('L', (width, height))))
+
+
+def colours(image):
+    """The values from 0 to 255 (3, 300, 300) that a normalised picture had before."""
+    return (image * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]) * 255
+
+
+# --------------------------------------------------------------------------------- for any training picture
+
+@pytest.mark.parametrize('value', range(60))
+def test_training_pictures_keep_shapes_types_and_boxes_inside(value):
+    image, boxes, labels, difficulties = random_case(value)
+    image, new_boxes, new_labels, new_difficulties = transform(image, boxes, labels, difficulties, 'TRAIN')
+    n = len(new_boxes)
+    assert 1 <= n <= len(boxes)  # some object always survives
+    assert image.shape == (3, IMAGE_SIZE, IMAGE_SIZE) and image.dtype == torch.float and image.isfinite().all()
+    assert new_boxes.shape == (n, 4) and new_boxes.dtype == torch.float
+    assert new_labels.shape == (n,) and new_labels.dtype == torch.long
+    assert new_difficulties.shape == (n,) and new_difficulties.dtype == torch.bool
+    assert (new_boxes >= 0).all() and (new_boxes <= 1).all()
+    assert (new_boxes[:, 2:] > new_boxes[:, :2]).all()
+
+
+@pytest.mark.parametrize('value', range(60))
+def test_labels_and_difficulties_stay_with_their_boxes(value):
+    _, boxes, labels, difficulties = random_case(value)
+    survivors = Counter()
+    for _ in range(10):
+        window, new_boxes, kept = random_crop((0, 0, 250, 250), boxes)
+        # An object that a crop keeps is the old one cut at the crop's edges, and they are in the old order.
+        low, high = torch.tensor(window[:2]).repeat(2), torch.tensor(window[2:]).repeat(2) - 1
+        if len(new_boxes) < len(boxes) or not new_boxes.equal(boxes):
+            torch.testing.assert_close(new_boxes, boxes[kept].clamp(low, high))
+    for _ in range(3):
+        _, new_boxes, new_labels, new_difficulties = transform(Image.new('RGB', (250, 250)), boxes, labels,
+                                                               difficulties, 'TRAIN')
+        survivors.update(new_labels.tolist())
+        assert new_difficulties.tolist() == [label % 2 == 0 for label in new_labels.tolist()]
+        assert new_labels.tolist() == sorted(set(new_labels.tolist()))
+    assert set(survivors) <= set(labels.tolist())
+
+
+@pytest.mark.parametrize('split', ['TRAIN', 'TEST'])
+def test_what_is_passed_in_stays_as_it_was(split):
+    for value in range(25):
+        image, boxes, labels, difficulties = random_case(value)
+        before = image.tobytes(), image.size, boxes.clone(), labels.clone(), difficulties.clone()
+        transform(image, boxes, labels, difficulties, split)
+        assert (image.tobytes(), image.size) == before[:2]
+        for tensor, old in zip((boxes, labels, difficulties), before[2:]):
+            assert tensor.equal(old)
+
+
+@pytest.mark.parametrize('split', ['TRAIN', 'TEST'])
+@pytest.mark.parametrize('value', range(10))
+def test_a_picture_without_objects_works(value, split):
+    image, *_ = random_case(value)
+    image, boxes, labels, difficulties = transform(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.long),
+                                                   torch.zeros(0, dtype=torch.bool), split)
+    assert image.shape == (3, 300, 300) and image.isfinite().all()
+    assert boxes.shape == (0, 4) and labels.shape == (0,) and difficulties.shape == (0,)
+    assert (boxes.dtype, labels.dtype, difficulties.dtype) == (torch.float, torch.long, torch.bool)
+
+
+@pytest.mark.parametrize('value', range(10))
+def test_the_same_seed_gives_the_same_result_and_another_one_another(value):
+    case = random_case(value)
+    results = []
+    for other in (7, 7, 8):
+        seed(other)
+        results.append(transform(*case, 'TRAIN'))
+    assert all(first.equal(second) for first, second in zip(*results[:2]))
+    assert not results[0][0].equal(results[2][0])
+
+
+@pytest.mark.parametrize('size', [(1, 1), (2, 2), (1, 500), (500, 1), (2, 300), (6000, 40), (40, 6000), (299, 301)])
+@pytest.mark.parametrize('split', ['TRAIN', 'TEST'])
+def test_pictures_of_any_size_work_with_and_without_an_object(size, split):
+    seed(0)
+    image, corner = Image.new('RGB', size, 'red'), [max(side - 1, 0) for side in size]
+    for boxes in (torch.zeros(0, 4), torch.tensor([[0.0, 0.0, *corner]])):
+        if min(size) == 1:
+            boxes = boxes[:0]  # the data lists leave out boxes without area
+        for _ in range(8 if split == 'TRAIN' else 1):
+            pixels, new_boxes, *_ = transform(image, boxes, torch.ones(len(boxes)), torch.zeros(len(boxes)), split)
+            assert pixels.shape == (3, 300, 300) and pixels.isfinite().all()
+            assert len(new_boxes) == len(boxes) and (new_boxes[:, 2:] > new_boxes[:, :2]).all()
+            assert (pixels != 0).any()  # something of the picture is to be seen, however thin it is
+
+
+def test_a_box_as_thin_as_the_data_lists_let_through_keeps_its_area(monkeypatch):
+    monkeypatch.setattr(utils, 'look_through', lambda *_, **__: None)
+    seed(0)
+    image = Image.new('RGB', (6000, 40))
+    boxes = torch.tensor([[5998.98, 38.98, 5999, 39], [0, 0, 0.01, 0.01], [4097.5, 20, 4097.51, 20.01]])
+    for _ in range(300):
+        _, new_boxes, *_ = transform(image, boxes, torch.arange(3), torch.zeros(3), 'TRAIN')
+        assert (new_boxes[:, 2:] > new_boxes[:, :2]).all()
+
+
+# ---------------------------------------------------------------------------------------- test pictures
+
+@pytest.mark.parametrize('value', range(20))
+def test_a_test_picture_is_only_resized_and_normalised_as_torchvision_does_it(value):
+    image, boxes, labels, difficulties = random_case(value, high=600)
+    pixels, new_boxes, new_labels, new_difficulties = transform(image, boxes, labels, difficulties, 'TEST')
+    expected = F.normalize(F.to_tensor(F.resize(image, [300, 300])), IMAGENET_MEAN, IMAGENET_STD)
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=2e-6)
+    width, height = image.size
+    torch.testing.assert_close(new_boxes, boxes / torch.tensor([width, height, width, height]))
+    assert new_labels.equal(labels) and new_difficulties.equal(difficulties)
+
+
+@pytest.mark.parametrize('split', ['train', 'VAL', '', None])
+def test_another_split_is_refused(split):
+    with pytest.raises(ValueError, match='split'):
+        transform(Image.new('RGB', (9, 9)), torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), split)
+
+
+# -------------------------------------------------------------------------- boxes and pixels move together
+
+def check_painting(image, boxes, originals, scale):
+    """Compares the coordinates painted at the corners and the centres of a picture's boxes (n, 4) with the original
+    boxes (n, 4). `scale` is how many pixels of the original an output pixel covers, (2). Returns whether the picture is
+    mirrored."""
+    column, row, _ = colours(image)  # (300, 300) each: what is painted there
+    to_be_seen = (image != 0).any(dim=0)  # (300, 300)
+    mirrored = False
+    for box, (x_min, y_min, x_max, y_max) in zip(boxes.tolist(), originals.tolist()):
+        # In output pixels: the middles of the object's first and last column and row, and its centre.
+        left, top, right, bottom = (min(int(300 * side + 0.5 / scale[i % 2]), 299) for i, side in enumerate(box))
+        x, y = (left + right) // 2, (top + bottom) // 2
+        visible = column[y, to_be_seen[y]]
+        mirrored = (visible[0] > visible[-1]).item()
+        if mirrored:
+            x_min, x_max = x_max, x_min
+        for axis, place, painted, original, opposite in (
+                (0, left, column[y, left], x_min, x_max), (0, right, column[y, right], x_max, x_min),
+                (1, top, row[top, x], y_min, y_max), (1, bottom, row[bottom, x], y_max, y_min)):
+            near = abs(painted - original) < 1.5 * scale[axis] + 0.51  # 0.51: painted values are rounded to bytes
+            # A crop cuts a box at its own first or last pixel. All other sides are where they were.
+            at_edge = min(place, 299 - place) < 1.5 + 0.5 / scale[axis]
+            assert near or (at_edge and min(original, opposite) < painted < max(original, opposite))
+        assert min(x_min, x_max) < column[y, x] < max(x_min, x_max) and y_min < row[y, x] < y_max
+    return mirrored
+
+
+@pytest.mark.parametrize('value', range(50))
+def test_a_picture_painted_with_its_own_coordinates_proves_that_boxes_and_pixels_move_together(value, monkeypatch):
+    windows = []
+
+    def look(image, window=None, mirror=False, **arguments):
+        windows.append((window, mirror))
+        return look_through(image, window, mirror, **arguments)
+
+    monkeypatch.setattr(utils, 'look_through', look)
+    monkeypatch.setattr(utils, 'photometric_distort', lambda image: image)
+    _, boxes, labels, difficulties = random_case(value, margin=10, smallest=30, low=120, high=256)
+    width, height = int(boxes[:, 2].max()) + 11, int(boxes[:, 3].max()) + 11
+    picture = painted(width, height)
+    for _ in range(6):
+        image, new_boxes, new_labels, _ = transform(picture, boxes, labels, difficulties, 'TRAIN')
+        (left, top, right, bottom), mirror = windows.pop()
+        scale = (right - left) / IMAGE_SIZE, (bottom - top) / IMAGE_SIZE
+        assert check_painting(image, new_boxes, boxes[new_labels - 1], scale) == mirror
+
+
+def test_the_painted_picture_would_betray_boxes_that_do_not_move_with_the_pixels(monkeypatch):
+    # The check itself is checked: boxes that are off by 5 output pixels, or of a picture mirrored alone, don't pass.
+    picture, boxes = painted(200, 200), torch.tensor([[20.0, 20, 80, 120]])
+    image, new_boxes, *_ = transform(picture, boxes, torch.ones(1), torch.zeros(1), 'TEST')
+    scale = (200 / 300,) * 2
+    assert not check_painting(image, new_boxes, boxes, scale)
+    for wrong in (new_boxes + 5 / 300, new_boxes - 5 / 300, 1 - new_boxes[:, [2, 1, 0, 3]], new_boxes[:, [1, 0, 3, 2]]):
+        with pytest.raises(AssertionError):
+            check_painting(image, wrong, boxes, scale)
+
+
+@pytest.mark.parametrize('value', range(30))
+def test_around_a_zoomed_out_picture_is_exactly_the_mean_colour(value, monkeypatch):
+    monkeypatch.setattr(utils, 'random_crop', lambda window, boxes: (window, boxes, torch.ones(len(boxes)).bool()))
+    seed(value)
+    width, height = random.randint(30, 300), random.randint(30, 300)
+    window = zoom_out(width, height)
+    monkeypatch.setattr(utils, 'zoom_out', lambda *_: window)
+    monkeypatch.setattr(random, 'random', iter([0, *[1] * 5]).__next__)  # zoom out; don't mirror, don't distort
+    boxes = torch.tensor([[0.0, 0, width - 1, height - 1]])
+    image, new_boxes, *_ = transform(Image.new('RGB', (width, height), 'white'), boxes, torch.ones(1),
+                                     torch.zeros(1), 'TRAIN')
+    x_min, y_min, x_max, y_max = (new_boxes[0] * 300).tolist()
+    rows, columns = (image != 0).all(dim=0).nonzero(as_tuple=True)
+    # The picture is a rectangle of whole pixels in which nothing is 0; beyond it everything is.
+    first, last = (int(columns.min()), int(rows.min())), (int(columns.max()) + 1, int(rows.max()) + 1)
+    assert len(rows) == (last[0] - first[0]) * (last[1] - first[1])
+    assert (image != 0).sum() == 3 * len(rows)
+    pixel = 300 / (window[2] - window[0]), 300 / (window[3] - window[1])  # the last pixel of an object belongs to it
+    expected = (x_min, y_min, x_max + pixel[0], y_max + pixel[1])
+    assert (*first, *last) == pytest.approx(expected, abs=0.51)
+
+
+def test_the_mirrored_mirror_is_the_original():
+    for value in range(25):
+        seed(value)
+        width, height = random.randint(5, 400), random.randint(5, 400)
+        image = noise(width, height)
+        left, top = random.randint(-200, width - 2), random.randint(-200, height - 2)
+        # Of 300 or 600 columns: no place falls in the middle of an output pixel, where it may be rounded either way.
+        window = (left, top, left + random.choice((300, 600)), top + random.randint(300, 700))
+        mirrored_window = (width - window[2], window[1], width - window[0], window[3])
+        for before, after in ((None, None), (window, mirrored_window)):
+            if before and before[2] - before[0] == 600 and (left % 2 or width % 2):
+                continue
+            original = look_through(image, before)
+            again = look_through(ImageOps.mirror(image), after, mirror=True)
+            # Resizing rounds to bytes: one step of 255 may lie between the two.
+            assert (colours(original) - colours(again)).abs().max() < 1.01
+
+
+def test_mirrored_boxes_follow_inclusive_pixels(monkeypatch):
+    monkeypatch.setattr(utils, 'random_crop', lambda window, boxes: (window, boxes, torch.ones(len(boxes)).bool()))
+    monkeypatch.setattr(utils, 'photometric_distort', lambda image: image)
+    case = (noise(50, 20), torch.tensor([[0.0, 3, 10, 7], [45, 0, 49, 19]]), torch.ones(2), torch.zeros(2))
+    monkeypatch.setattr(random, 'random', iter([1, 0]).__next__)  # don't zoom out, do mirror
+    _, boxes, *_ = transform(*case, 'TRAIN')
+    expected = torch.tensor([[39.0, 3, 49, 7], [0, 0, 4, 19]])  # width − 1 − x
+    torch.testing.assert_close(boxes, expected / torch.tensor([50, 20, 50, 20]))
+
+
+def test_mirroring_zooming_out_and_neither_happen_about_as_often_as_they_should(monkeypatch):
+    seen = []
+    monkeypatch.setattr(utils, 'random_crop', lambda window, boxes: (window, boxes, torch.ones(len(boxes)).bool()))
+    monkeypatch.setattr(utils, 'look_through', lambda image, window, mirror, distort: seen.append(
+        (window != (0, 0, 40, 40), mirror, distort)))
+    seed(0)
+    for _ in range(2000):
+        transform(Image.new('RGB', (40, 40)), torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), 'TRAIN')
+    zoomed, mirrored, distorted = (sum(column) / 2000 for column in zip(*seen))
+    assert 0.45 < zoomed < 0.55 and 0.45 < mirrored < 0.55 and distorted == 1
+    both = sum(z and m for z, m, _ in seen) / 2000
+    assert 0.21 < both < 0.29  # they are independent
+
+
+# ------------------------------------------------------------------------------------------- zooming in
+
+@pytest.fixture
+def overlap_drawn(monkeypatch):
+    """Makes random_crop draw a given overlap, and no crop at all only if 20 times 50 tries have failed."""
+    def draw(overlap):
+        drawn = iter([overlap] * 20)
+        monkeypatch.setattr(random, 'choice', lambda options: next(drawn, None))
+    return draw
+
+
+@pytest.mark.parametrize('overlap', OVERLAPS[1:])
+def test_a_crop_keeps_the_limits_of_size_aspect_ratio_centre_and_overlap(overlap, overlap_drawn):
+    seed(1)
+    cropped, sizes = 0, []
+    for _ in range(120):
+        window = zoom_out(random.randint(60, 400), random.randint(60, 400))
+        width, height = window[2] - window[0], window[3] - window[1]
+        boxes = random_boxes(random.randint(1, 5), width, height) + torch.tensor(window[:2]).repeat(2)
+        if random.random() < 0.5:  # small objects can't fill nine tenths of a crop
+            boxes[-1] = torch.tensor(window) - torch.tensor([0, 0, 1, 1])
+        overlap_drawn(overlap)
+        (left, top, right, bottom), new_boxes, kept = random_crop(window, boxes)
+        if (left, top, right, bottom) == window and kept.all() and new_boxes.equal(boxes):
+            continue
+        cropped += 1
+        sizes.append((right - left) / width)
+        assert window[0] <= left < right <= window[2] and window[1] <= top < bottom <= window[3]
+        assert all(isinstance(side, int) for side in (left, top, right, bottom))
+        assert 0.3 * width - 1 < right - left <= width and 0.3 * height - 1 < bottom - top <= height
+        assert 0.5 < (bottom - top) / (right - left) < 2
+
+        centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+        inside = ((centers > torch.tensor([left, top])) & (centers < torch.tensor([right - 1, bottom - 1]))).all(dim=1)
+        assert kept.equal(inside) and kept.any()  # those with their centre outside are dropped, some object stays
+        torch.testing.assert_close(new_boxes, torch.stack((
+            boxes[kept, 0].clamp(min=left), boxes[kept, 1].clamp(min=top),
+            boxes[kept, 2].clamp(max=right - 1), boxes[kept, 3].clamp(max=bottom - 1)), dim=1))
+        crop = torch.tensor([[left, top, right - 1, bottom - 1]], dtype=torch.float)
+        assert utils.find_jaccard_overlap(crop, boxes[kept]).max() >= overlap
+    assert cropped > 30
+    assert max(sizes) > 0.9 and min(sizes) < max(overlap, 0.35)
+
+
+def test_each_overlap_is_drawn_about_as_often_and_one_of_them_is_no_crop(monkeypatch):
+    drawn = Counter()
+    choose = random.choice
+
+    def choice(options):
+        assert options == OVERLAPS
+        option = choose(options)
+        drawn[option] += 1
+        return option
+
+    monkeypatch.setattr(random, 'choice', choice)
+    seed(0)
+    window, boxes = (0, 0, 100, 100), torch.tensor([[0.0, 0, 99, 99]])
+    uncropped = sum(random_crop(window, boxes)[0] == window for _ in range(2100))
+    assert drawn[None] == pytest.approx(300, abs=70)
+    # Where all crops succeed sooner or later, every draw but the failed ones ends a round.
+    assert 0 <= uncropped - drawn[None] < 30
+    assert all(drawn[overlap] == pytest.approx(300, abs=70) for overlap in (0.0, 0.1, 0.3))
+
+
+def test_without_objects_nothing_is_cropped():
+    seed(0)
+    for _ in range(50):
+        window, boxes, kept = random_crop((-5, -6, 70, 80), torch.zeros(0, 4))
+        assert window == (-5, -6, 70, 80) and boxes.shape == (0, 4) and kept.shape == (0,) and kept.dtype == torch.bool
+
+
+def reference_crop(width, height, boxes):
+    """The crop as the tutorial's text describes it: one try after the other, in plain Python."""
+    while True:
+        overlap = random.choice(OVERLAPS)
+        if overlap is None:
+            return 0, 0, width, height
+        for _ in range(50):
+            w, h = int(random.uniform(0.3, 1) * width), int(random.uniform(0.3, 1) * height)
+            if not 0.5 < h / w < 2:
+                continue
+            left, top = random.randint(0, width - w), random.randint(0, height - h)
+            right, bottom = left + w - 1, top + h - 1
+            for x_min, y_min, x_max, y_max in boxes:
+                if left < (x_min + x_max) / 2 < right and top < (y_min + y_max) / 2 < bottom:
+                    shared = (min(right, x_max) - max(left, x_min)) * (min(bottom, y_max) - max(top, y_min))
+                    union = (right - left) * (bottom - top) + (x_max - x_min) * (y_max - y_min) - shared
+                    if shared / union >= overlap:
+                        return left, top, left + w, top + h
+
+
+def test_fifty_tries_at_once_have_the_distribution_of_a_plain_loop():
+    seed(3)
+    width, height, boxes = 200, 150, [[20, 30, 120, 130], [150, 10, 190, 60], [5, 100, 40, 140]]
+    ours = torch.tensor([random_crop((0, 0, width, height), torch.tensor(boxes).float())[0] for _ in range(1500)])
+    plain = torch.tensor([reference_crop(width, height, boxes) for _ in range(1500)])
+
+    def features(crops):
+        left, top, right, bottom = crops.float().unbind(dim=1)
+        w, h = right - left, bottom - top
+        uncropped = ((w == width) & (h == height)).float()
+        return torch.stack((left / width, top / height, w / width, h / height, w * h / (width * height), h / w,
+                            (w * h / (width * height)) ** 2, uncropped), dim=1)
+
+    ours, plain = features(ours), features(plain)
+    # The means of 1500 draws each differ by 4.5 standard errors once in 150,000 times.
+    error = ((ours.var(dim=0) + plain.var(dim=0)) / 1500).sqrt()
+    assert ((ours.mean(dim=0) - plain.mean(dim=0)).abs() < 4.5 * error).all()
+
+
+# ------------------------------------------------------------------------------------------ zooming out
+
+def test_zooming_out_goes_from_once_to_four_times_with_the_picture_anywhere_inside():
+    seed(0)
+    scales, places = [], []
+    for _ in range(2000):
+        width, height = random.randint(1, 500), random.randint(1, 500)
+        left, top, right, bottom = zoom_out(width, height)
+        assert left <= 0 and top <= 0 and right >= width and bottom >= height  # the picture is inside
+        assert width <= right - left <= 4 * width and height <= bottom - top <= 4 * height
+        if min(width, height) > 50:
+            scale = (right - left) / width
+            assert scale == pytest.approx((bottom - top) / height, abs=0.04)  # the same in both directions
+            scales.append(scale)
+            if right - left > 2 * width:
+                places.append(-left / (right - left - width))
+    assert min(scales) < 1.1 and max(scales) > 3.9 and 2.4 < sum(scales) / len(scales) < 2.6
+    assert min(places) < 0.05 and max(places) > 0.95 and 0.45 < sum(places) / len(places) < 0.55
+
+
+def test_a_picture_of_one_pixel_can_be_zoomed_out():
+    seed(0)
+    for _ in range(50):
+        left, top, right, bottom = zoom_out(1, 1)
+        assert left <= 0 < right and top <= 0 < bottom and 1 <= right - left <= 4
+
+
+# ---------------------------------------------------------------------------------------------- colours
+
+def test_distortions_and_their_ranges_are_those_of_the_caffe_code():
+    ranges = {adjust.__name__: (low, high) for adjust, low, high in DISTORTIONS}
+    assert ranges == {'adjust_brightness': (0.5, 1.5), 'adjust_contrast': (0.5, 1.5), 'adjust_saturation': (0.5, 1.5),
+                      'shift_hue': (-18 / 255, 18 / 255)}
+
+
+def test_each_distortion_comes_half_of_the_time_anywhere_in_its_range_and_in_any_order(monkeypatch):
+    calls = []
+
+    def recorder(name):
+        return lambda image, factor: calls.append((name, factor)) or image
+
+    monkeypatch.setattr(utils, 'DISTORTIONS', tuple((recorder(i), 10 * i, 10 * i + 1) for i in range(4)))
+    seed(0)
+    orders, counts, image = Counter(), Counter(), torch.zeros(3, 2, 2)
+    for _ in range(4000):
+        calls.clear()
+        assert photometric_distort(image) is image
+        names = tuple(name for name, _ in calls)
+        assert len(set(names)) == len(names)
+        counts.update(names)
+        if len(names) == 4:
+            orders[names] += 1
+    assert all(1880 < counts[i] < 2120 for i in range(4))
+    assert len(orders) == 24 and 200 < sum(orders.values()) < 300  # 4000 / 16, in all orders
+
+
+def test_factors_of_distortions_fill_their_ranges(monkeypatch):
+    factors = {0: [], 1: []}
+    monkeypatch.setattr(utils, 'DISTORTIONS', (
+        (lambda image, factor: factors[0].append(factor) or image, 0.5, 1.5),
+        (lambda image, factor: factors[1].append(factor) or image, -18 / 255, 18 / 255)))
+    seed(0)
+    for _ in range(2000):
+        photometric_distort(torch.zeros(3, 2, 2))
+    for values, low, high in ((factors[0], 0.5, 1.5), (factors[1], -18 / 255, 18 / 255)):
+        width = high - low
+        assert low <= min(values) < low + 0.02 * width and high - 0.02 * width < max(values) <= high
+        assert sum(values) / len(values) == pytest.approx((low + high) / 2, abs=0.03 * width)
+
+
+def test_colours_change_and_shapes_do_not():
+    image, changed = torch.tensor([0.8, 0.4, 0.2]).view(3, 1, 1).repeat(1, 20, 30), 0
+    for value in range(40):
+        seed(value)
+        distorted = photometric_distort(image)
+        assert distorted.shape == image.shape and distorted.min() >= 0 and distorted.max() <= 1
+        assert (distorted - distorted[:, :1, :1]).abs().max() < 1e-6
+        changed += not torch.equal(distorted, image)
+        seed(value)
+        assert torch.equal(photometric_distort(image), distorted)
+    assert torch.equal(image, torch.tensor([0.8, 0.4, 0.2]).view(3, 1, 1).repeat(1, 20, 30))
+    assert changed > 30  # but for a chance of 1 in 16
+
+
+@pytest.mark.parametrize('shift', [-0.5, -18 / 255, -0.01, 0, 0.02, 18 / 255, 0.5])
+def test_hue_is_shifted_as_torchvision_does(shift):
+    torch.manual_seed(0)
+    image = torch.rand(3, 40, 50)
+    image[:, :5] = image[:1, :5]  # grey
+    image[:2, 5:10] = 0.5  # two channels equal
+    image[:, 10:12] = torch.tensor([[1.0, 0.0]]).view(1, 2, 1)  # white and black
+    torch.testing.assert_close(shift_hue(image, shift), F.adjust_hue(image, shift), rtol=0, atol=2e-6)
+
+
+def test_the_filler_around_a_picture_is_not_distorted():
+    seed(0)
+    for _ in range(20):
+        image = look_through(Image.new('RGB', (30, 30), 'red'), (-30, -30, 60, 60), distort=True)
+        assert (image[:, :100] == 0).all() and (image[:, 200:] == 0).all() and (image[:, 100:200, 100:200] != 0).any()
