@@ -109,9 +109,7 @@ def load_detector(checkpoint):
 
 def draw_objects(original_image, objects, colors):
     """A copy of a picture with a frame around each object, and its label and score above the frame."""
-    annotated = original_image.convert('RGB')
-    if annotated is original_image:
-        annotated = original_image.copy()
+    annotated = original_image.convert('RGB')  # a copy, also of a picture in this mode
     width, height = annotated.size
     line = max(2, round(min(width, height) / 150))  # pixels: to be seen in a picture of any size
     font = ImageFont.load_default(size=max(12, round(min(width, height) / 25)))
@@ -174,9 +172,9 @@ def save_image(image, path):
     with replaced_file(path) as file:
         try:
             image.save(file, Image.registered_extensions()[path.suffix.lower()])
-        except (ValueError, OverflowError, RuntimeError) as error:  # for formats have limits: WebP's is 16,383 pixels
-            raise InputError(f"can't save the picture as '{path}' ({error}): choose an output that ends in "
-                             '.png') from None
+        except Exception as error:  # every format has limits and exceptions of its own: WebP takes 16,383 pixels
+            raise InputError(f"can't save the picture as '{path}' ({error}): choose another output, like one that ends "
+                             'in .png') from None
     return path
 
 

@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from datasets import PascalVOCDataset
 from model import SSD300, MultiBoxLoss, load_weights, start_from_checkpoint
-from utils import (InputError, autocast, check_label_map, current_settings, join_processes, load_checkpoint,
-                   make_folder, replaced_file, require, run_script, save_checkpoint, warn_about_workers)
+from utils import (DelayedCtrlC, InputError, autocast, check_label_map, current_settings, ignore_ctrl_c, join_processes,
+                   load_checkpoint, make_folder, replaced_file, require, run_script, save_checkpoint,
+                   warn_about_workers)
 
 # Data
 data_folder: str = 'data'  # where create_data_lists.py put the data lists
@@ -100,6 +101,7 @@ def main():
     print(f'{len(dataset):,} images, epochs {first_epoch + 1} to {epochs}, on {n_processes} × {device.type}')
     sampler = DistributedSampler(dataset, n_processes, rank, seed=seed)  # shuffles, and deals to the processes
     saved = f'epoch {first_epoch} in {checkpoint}' if resumed else None
+    ctrl_c = DelayedCtrlC()
     try:
         for epoch in range(first_epoch, epochs):
             # An epoch is the same whether it follows another one or a resume.
@@ -108,8 +110,8 @@ def main():
             # A list, which tells of what pictures a batch was made, should its loss fail.
             batches = list(BatchSampler(sampler, batch_size, drop_last=False))
             loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=dataset.collate_fn,
-                                pin_memory=device.type == 'cuda')
-            progress = Progress(loader, epoch, optimizer, device, n_processes, is_main, board)
+                                worker_init_fn=ignore_ctrl_c, pin_memory=device.type == 'cuda')
+            progress = Progress(loader, epoch, optimizer, device, n_processes, is_main, board, ctrl_c)
             with progress.bar:  # closed, whatever ends the epoch, before a message about it is printed
                 train_epoch(loader, network, criterion, optimizer, device, mixed_precision, progress)
             check_weights(model, epoch)
@@ -120,9 +122,13 @@ def main():
                 save_checkpoint(checkpoint_path, epoch + 1, model, optimizer, scheduler, dataset.label_map,
                                 current_settings(sys.modules[__name__]))
             saved = f'epoch {epoch + 1} in {checkpoint_path}'
+            if ctrl_c.pressed:
+                raise KeyboardInterrupt
     except KeyboardInterrupt:
         sys.exit(f'Stopped: go on from the end of {saved} by naming it as --checkpoint' if saved
                  else 'Stopped before the end of the first epoch: nothing is saved yet')
+    finally:
+        ctrl_c.end()
     if n_processes > 1:
         distributed.destroy_process_group()
     print(f'Saved {checkpoint_path}')
@@ -155,8 +161,8 @@ def train_epoch(loader, network, criterion, optimizer, device, mixed_precision, 
 class Progress:
     """An epoch's losses: shown in a bar, checked, sent to TensorBoard if it is there, and summed up for the log."""
 
-    def __init__(self, loader, epoch, optimizer, device, n_processes, is_main, board):
-        self.loader, self.epoch, self.n_processes, self.board = loader, epoch, n_processes, board
+    def __init__(self, loader, epoch, optimizer, device, n_processes, is_main, board, ctrl_c):
+        self.loader, self.epoch, self.n_processes, self.board, self.ctrl_c = loader, epoch, n_processes, board, ctrl_c
         self.lr = optimizer.param_groups[1]['lr']
         # To read a loss, the CPU must wait for the GPU: there, twenty are read at once.
         self.read_every = 1 if device.type == 'cpu' else 20
@@ -164,12 +170,16 @@ class Progress:
         self.bar = tqdm(total=len(loader), desc=f'Epoch {epoch + 1}/{epochs}', unit='step', disable=not is_main)
 
     def update(self, parts, n_images):
-        """Takes note of a step: both parts of its loss (2), still on its device, and its number of images."""
+        """Takes note of a step: both parts of its loss (2), still on its device, and its number of images. Raises
+        KeyboardInterrupt after Ctrl-C, but not after the last step: then, the epoch is worth saving."""
         self.unread.append(parts)
         self.n_images += n_images * self.n_processes
         self.bar.update()
-        if len(self.unread) == self.read_every or len(self.losses) + len(self.unread) == len(self.loader):
+        last = len(self.losses) + len(self.unread) == len(self.loader)
+        if len(self.unread) == self.read_every or last:
             self.read()
+        if self.ctrl_c.pressed and not last:
+            raise KeyboardInterrupt
 
     def read(self):
         parts = torch.stack(self.unread)  # (n_unread, 2)

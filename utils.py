@@ -21,6 +21,7 @@ import os
 import pickle
 import random
 import re
+import signal
 import struct
 import sys
 import typing
@@ -218,10 +219,11 @@ def read_image(path) -> Image.Image:
 def picture_size(path) -> tuple[int, int]:
     """Width and height in pixels of the picture that `read_image` would give, from the file's header alone."""
     with opened_picture(path) as image:
+        if image.format == 'TIFF':  # Pillow turns it by itself, but some versions only with the pixels
+            image.load()
         width, height = image.size
         turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF orientations that lie on their side
-        # Pillow reads a TIFF upright by itself.
-        return (height, width) if turned and image.format != 'TIFF' else (width, height)
+        return (height, width) if turned else (width, height)
 
 
 def clip_to_picture(objects, size, path) -> dict[str, list]:
@@ -851,6 +853,29 @@ def join_processes() -> tuple[int, int, torch.device]:
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
     device = torch.device('cuda', local_rank) if cuda else torch.device('cpu')
     return distributed.get_rank(), distributed.get_world_size(), device
+
+
+class DelayedCtrlC:
+    """From when it is made until end(), Ctrl-C only sets `pressed`, to be heeded where it does no harm; pressed twice,
+    it stops at once. Left to itself, Python raises KeyboardInterrupt wherever it is: in the middle of starting a
+    worker process, say, where it may be lost or leave that process hanging."""
+
+    def __init__(self):
+        self.pressed = False
+        signal.signal(signal.SIGINT, self.note)
+
+    def note(self, signal_number, frame):
+        self.pressed = True
+        self.end()
+        os.write(2, b'\nStopping after this step; press Ctrl-C again to stop at once\n')  # print isn't safe in here
+
+    def end(self):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def ignore_ctrl_c(worker_id):
+    """For a worker of a DataLoader. It gets the terminal's Ctrl-C, too, but it ends when the main process does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def override_settings(script):

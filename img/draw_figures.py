@@ -100,7 +100,7 @@ def record_detections(checkpoint, picture):
         old = json.loads(scenes.QUICK_START.read_text(encoding='utf-8'))
         recorded = old if old['picture'] == picture else recorded
     detect.checkpoint = checkpoint
-    found = detect.find_objects(read_image(scenes.HERE / picture), min_score=0.2, max_overlap=0.5, top_k=10)
+    found = detect.find_objects(read_image(scenes.HERE / picture), min_score=0.2, max_overlap=0.2, top_k=4)
     epoch = load_checkpoint(checkpoint)['epoch']
     recorded['epochs'][str(epoch)] = [
         {'label': label, 'score': round(score, 3), 'box': [round(value, 1) for value in box]}

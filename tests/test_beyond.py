@@ -286,7 +286,8 @@ def test_losses_go_to_tensorboard_where_it_is_installed_and_nowhere_else(monkeyp
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', types.SimpleNamespace(SummaryWriter=SummaryWriter))
     monkeypatch.setattr(train, 'output_folder', str(tmp_path))
     optimizer = types.SimpleNamespace(param_groups=[{'lr': 0.2}, {'lr': 0.1}])
-    progress = train.Progress(range(10), 3, optimizer, torch.device('cpu'), 1, False, train.open_board())
+    progress = train.Progress(range(10), 3, optimizer, torch.device('cpu'), 1, False, train.open_board(),
+                              types.SimpleNamespace(pressed=False))
     progress.update(torch.tensor([1.5, 0.25]), 4)
     assert scalars[:4] == [('loss', 1.75, 31), ('loss/confidence', 1.5, 31), ('loss/localization', 0.25, 31),
                            ('lr', 0.1, 31)]

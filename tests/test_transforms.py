@@ -310,7 +310,7 @@ def overlap_drawn(monkeypatch):
 @pytest.mark.parametrize('overlap', OVERLAPS[1:])
 def test_a_crop_keeps_the_limits_of_size_aspect_ratio_centre_and_overlap(overlap, overlap_drawn):
     seed(1)
-    cropped, sizes = 0, []
+    cropped, sizes, aspect_ratios = 0, [], []
     for _ in range(120):
         window = zoom_out(random.randint(60, 400), random.randint(60, 400))
         width, height = window[2] - window[0], window[3] - window[1]
@@ -323,10 +323,11 @@ def test_a_crop_keeps_the_limits_of_size_aspect_ratio_centre_and_overlap(overlap
             continue
         cropped += 1
         sizes.append((right - left) / width)
+        aspect_ratios.append((bottom - top) / (right - left))
         assert window[0] <= left < right <= window[2] and window[1] <= top < bottom <= window[3]
         assert all(isinstance(side, int) for side in (left, top, right, bottom))
         assert 0.3 * width - 1 < right - left <= width and 0.3 * height - 1 < bottom - top <= height
-        assert 0.5 < (bottom - top) / (right - left) < 2
+        assert 0.5 < aspect_ratios[-1] < 2
 
         centers = (boxes[:, :2] + boxes[:, 2:]) / 2
         inside = ((centers > torch.tensor([left, top])) & (centers < torch.tensor([right - 1, bottom - 1]))).all(dim=1)
@@ -338,6 +339,7 @@ def test_a_crop_keeps_the_limits_of_size_aspect_ratio_centre_and_overlap(overlap
         assert utils.find_jaccard_overlap(crop, boxes[kept]).max() >= overlap
     assert cropped > 30
     assert max(sizes) > 0.9 and min(sizes) < max(overlap, 0.35)
+    assert overlap > 0.1 or (min(aspect_ratios) < 0.57 and max(aspect_ratios) > 1.8)
 
 
 def test_each_overlap_is_drawn_about_as_often_and_one_of_them_is_no_crop(monkeypatch):
@@ -401,6 +403,8 @@ def test_fifty_tries_at_once_have_the_distribution_of_a_plain_loop():
                             (w * h / (width * height)) ** 2, uncropped), dim=1)
 
     ours, plain = features(ours), features(plain)
+    cropped_sides = ours[ours[:, 7] == 0, 2:4]
+    assert cropped_sides.min() < 0.305 and cropped_sides.max() > 0.99
     # The means of 1500 draws each differ by 4.5 standard errors once in 150,000 times.
     error = ((ours.var(dim=0) + plain.var(dim=0)) / 1500).sqrt()
     assert ((ours.mean(dim=0) - plain.mean(dim=0)).abs() < 4.5 * error).all()

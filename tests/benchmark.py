@@ -1,0 +1,298 @@
+"""Measures what everything around the convolutions costs, beside the convolutions.
+
+    python tests/benchmark.py                    # all stages, some minutes on two cores
+    python tests/benchmark.py --only transform   # stages whose name holds this word
+
+Prints a table: what a stage takes per image, the ratio to its yardstick in the same run (medians, and the range of
+the repeats), and whether the ratio meets its goal. Absolute times tell about the machine, ratios about the code; run it
+on a machine that does nothing else. Writes nothing.
+"""
+
+import contextlib
+import io
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+import torchvision
+import torchvision.transforms.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from datasets import PascalVOCDataset  # noqa: E402
+from model import SSD300, MultiBoxLoss  # noqa: E402
+from utils import (IMAGENET_MEAN, IMAGENET_STD, IMAGE_SIZE, calculate_mAP, create_data_lists, make_label_map,  # noqa: E402
+                   read_image, run_script, transform, voc_labels)
+
+repeats: int = 5  # measurements of each stage and of its yardstick, in turn
+n_photos: int = 40  # pictures per measurement of the transforms
+n_test_images: int = 4952  # of the mAP stage; VOC 2007 test has so many
+only: str | None = None  # a word in the names of the stages to measure; None: all
+
+SAMPLE = ROOT / 'img' / 'emoji_voc'
+
+
+def timed(function, n=1):
+    """Seconds per call of n calls."""
+    start = time.perf_counter()
+    for _ in range(n):
+        function()
+    return (time.perf_counter() - start) / n
+
+
+def in_turn(stage, yardstick, scale=1.0):
+    """Measures stage and yardstick alternately, so that a machine that slows down slows both.
+
+    Returns the stage's times and the ratios stage / (scale · yardstick), one per repeat.
+    """
+    stage(), yardstick()  # the first call warms up
+    times, ratios = [], []
+    for _ in range(repeats):
+        times.append(stage())
+        ratios.append(times[-1] / (scale * yardstick()))
+    return times, ratios
+
+
+def measure_transform():
+    """transform(…, 'TRAIN') with reading, against reading and resizing alone; one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = make_photos(Path(folder))
+        boxes = torch.tensor([[20., 30., 220., 330.], [150., 80., 440., 310.], [330., 40., 410., 120.]])
+        labels, difficulties = torch.tensor([1, 2, 3]), torch.zeros(3, dtype=torch.bool)
+
+        def plain():
+            for path in paths:
+                image = Image.open(path).convert('RGB').resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
+                F.normalize(F.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
+
+        def augmented():
+            for path in paths:
+                transform(read_image(path), boxes, labels, difficulties, 'TRAIN')
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        times, ratios = in_turn(lambda: timed(augmented) / len(paths), lambda: timed(plain) / len(paths))
+        torch.set_num_threads(threads)
+    return times, ratios
+
+
+def make_photos(folder):
+    """JPEG files of 500×375, VOC's usual size, made of the photographs in img/photos."""
+    photos = [read_image(path) for path in sorted((ROOT / 'img' / 'photos').glob('*.jpg'))]
+    paths = []
+    for i in range(n_photos):
+        paths.append(folder / f'{i}.jpg')
+        photos[i % len(photos)].resize((500, 375), Image.Resampling.LANCZOS).save(paths[-1], quality=90)
+    return paths
+
+
+def make_predictions(model, n_candidates):
+    """Output for one image with about so many scores above 0.01: offsets as after some training, random logits with
+    as much advantage of the background as it takes."""
+    locs = torch.randn(1, len(model.priors_cxcy), 4)
+    logits = torch.randn(1, len(model.priors_cxcy), model.n_classes) * 2
+    low, high = 0.0, 20.0
+    for _ in range(30):
+        advantage = (low + high) / 2
+        scores = logits.clone()
+        scores[..., 0] += advantage
+        too_many = (scores.softmax(dim=2)[..., 1:] > 0.01).sum() > n_candidates
+        low, high = (advantage, high) if too_many else (low, advantage)
+    return locs, scores
+
+
+def measure_detection(n_candidates):
+    model = make_model()
+    locs, scores = make_predictions(model, n_candidates)
+    return in_turn(lambda: timed(lambda: model.detect_objects(locs, scores, 0.01, 0.45, 200), n=5), forward_pass(model))
+
+
+def measure_loss():
+    model = make_model().train()
+    criterion = MultiBoxLoss(model.priors_cxcy)
+    images = torch.randn(8, 3, IMAGE_SIZE, IMAGE_SIZE)
+    boxes = [torch.tensor([[0.1, 0.1, 0.5, 0.6], [0.3, 0.2, 0.9, 0.9], [0.6, 0.1, 0.7, 0.3]])] * 8
+    labels = [torch.tensor([1, 2, 3])] * 8
+    locs = torch.randn(8, len(model.priors_cxcy), 4, requires_grad=True)
+    scores = torch.randn(8, len(model.priors_cxcy), 21, requires_grad=True)
+
+    def network():
+        predicted_locs, predicted_scores = model(images)
+        (predicted_locs.mean() + predicted_scores.mean()).backward()
+
+    times, ratios = in_turn(lambda: timed(lambda: criterion(locs, scores, boxes, labels).backward(), n=3),
+                            lambda: timed(network))
+    return [seconds / 8 for seconds in times], ratios
+
+
+def make_detections(n_images):
+    """200 random detections and 3 objects for each image, as calculate_mAP takes them."""
+    def random_boxes(n):
+        corners = torch.rand(n_images, n, 2) * 0.7
+        return torch.cat((corners, corners + 0.05 + torch.rand(n_images, n, 2) * 0.25), dim=2).unbind()
+
+    return (random_boxes(200), torch.randint(1, 21, (n_images, 200)).unbind(), torch.rand(n_images, 200).unbind(),
+            random_boxes(3), torch.randint(1, 21, (n_images, 3)).unbind(), (torch.rand(n_images, 3) < 0.2).unbind())
+
+
+def measure_map():
+    arguments = make_detections(n_test_images)
+    times, ratios = in_turn(lambda: timed(lambda: calculate_mAP(*arguments)), forward_pass(make_model()), scale=20)
+    return [seconds / n_test_images for seconds in times], ratios
+
+
+def measure_map_growth():
+    large, small = make_detections(4 * n_test_images), make_detections(n_test_images)
+    times, ratios = in_turn(lambda: timed(lambda: calculate_mAP(*large)), lambda: timed(lambda: calculate_mAP(*small)))
+    return [seconds / (4 * n_test_images) for seconds in times], ratios
+
+
+def measure_script():
+    """detect.py as a process, against importing what it needs and one forward pass."""
+    model = make_model()
+    forward = median(forward_pass(model)() for _ in range(repeats))
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = save_untrained(model, folder)
+        picture = SAMPLE / 'VOC2007' / 'JPEGImages' / '000001.jpg'
+        command = [sys.executable, ROOT / 'detect.py', '--checkpoint', checkpoint, '--image', picture, '--output',
+                   folder, '--min_score', '0.9']
+        imports = [sys.executable, '-c', 'import torch, torchvision']
+        return in_turn(lambda: timed(lambda: run(command)), lambda: timed(lambda: run(imports)) + forward)
+
+
+def measure_workers():
+    """Time per image with 2 workers, against without: the ratio is the inverse of the gain."""
+    dataset = photo_dataset(240)
+
+    def load(workers):
+        loader = DataLoader(dataset, batch_size=8, num_workers=workers, collate_fn=dataset.collate_fn)
+        return timed(lambda: [None for _ in loader]) / len(dataset)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a worker has one thread, too
+    times, ratios = in_turn(lambda: load(2), lambda: load(0))
+    torch.set_num_threads(threads)
+    return times, [1 / ratio for ratio in ratios]
+
+
+def photo_dataset(n):
+    """The sample's training pictures again and again, n in all, augmented."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_lists(folder, n)
+        return PascalVOCDataset(folder, 'TRAIN')
+
+
+def make_lists(folder, n):
+    """Data lists of n training and n test pictures, by repeating the sample's."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        create_data_lists(SAMPLE / 'VOC2007', SAMPLE / 'VOC2012', folder)
+    for name in ('TRAIN_images', 'TRAIN_objects', 'TEST_images', 'TEST_objects'):
+        path = Path(folder, f'{name}.json')
+        entries = json.loads(path.read_text())
+        path.write_text(json.dumps([entries[i % len(entries)] for i in range(n)]))
+
+
+def measure_memory():
+    """Peak memory of eval.py on 64 pictures, against on 16; "times" are bytes here."""
+    model = make_model()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = save_untrained(model, folder)
+        peaks = []
+        for n in (64, 16):
+            data = Path(folder, str(n))
+            data.mkdir()
+            make_lists(data, n)
+            process = subprocess.Popen([sys.executable, ROOT / 'eval.py', '--data_folder', data, '--checkpoint',
+                                        checkpoint, '--workers', '0', '--output_folder', folder],
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            _, status, usage = os.wait4(process.pid, 0)
+            assert status == 0, 'eval.py failed'
+            peaks.append(usage.ru_maxrss * 1024)
+    return [peaks[0] / 64], [peaks[0] / peaks[1]]
+
+
+def save_untrained(model, folder):
+    """A checkpoint of a network, as train.py would write it."""
+    path = Path(folder, 'checkpoint.pth')
+    torch.save({'epoch': 1, 'model': model.state_dict(), 'label_map': make_label_map(voc_labels), 'settings': {}}, path)
+    return path
+
+
+def run(command):
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def make_model():
+    torch.manual_seed(0)
+    return SSD300(n_classes=21).eval()
+
+
+def forward_pass(model):
+    """A function that measures one forward pass of one image."""
+    image = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+
+    @torch.no_grad()
+    def measure():
+        return timed(lambda: model(image), n=2)
+    return measure
+
+
+# name: function, goal for the ratio, whether a higher ratio is better
+STAGES = {
+    'transform for training / plain resizing': (measure_transform, 1.8, False),
+    'detect_objects, 5,700 candidates / forward pass': (lambda: measure_detection(5_700), 0.015, False),
+    'detect_objects, 90,000 candidates / forward pass': (lambda: measure_detection(90_000), 0.03, False),
+    'MultiBoxLoss, 8 images / network, forward and backward': (measure_loss, 0.01, False),
+    'calculate_mAP, VOC 2007 test / 20 forward passes': (measure_map, 1, False),
+    'calculate_mAP, four times the images / once': (measure_map_growth, 4.5, False),
+    'detect.py / imports and one forward pass': (measure_script, 1.3, False),
+    'images per second, 2 workers / none': (measure_workers, 1.6, True),
+    'peak memory of eval.py, 64 pictures / 16': (measure_memory, 1.15, False),
+}
+
+
+def main():
+    random.seed(0)
+    torch.manual_seed(0)
+    stages = {name: stage for name, stage in STAGES.items() if not only or only in name}
+    rows = []
+    for name, (measure, goal, higher) in tqdm(stages.items(), unit='stage'):
+        times, ratios = measure()
+        ratio = median(ratios)
+        met = ratio >= goal if higher else ratio <= goal
+        amount = f'{median(times) / 2**20:.1f} MiB' if 'memory' in name else f'{1e3 * median(times):.2f} ms'
+        rows.append((name, amount, f'{ratio:.3f} ({min(ratios):.3f}–{max(ratios):.3f})',
+                     f'{"≥" if higher else "≤"} {goal}', 'yes' if met else 'NO'))
+
+    print(f'{processor()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads')
+    print(f'Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, '
+          f'Pillow {Image.__version__}')
+    header = ('stage / yardstick', 'per image', 'ratio (range)', 'goal', 'met')
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, *rows):
+        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def processor():
+    """The processor's name."""
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        return next(line.split(':')[1].strip() for line in lines if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == '__main__':
+    run_script(sys.modules[__name__])

@@ -1,0 +1,213 @@
+"""README.md can't go stale: its links, pictures, snippets, commands and numbers are those of the code."""
+
+import contextlib
+import importlib
+import io
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SAMPLE
+from PIL import Image, ImageChops
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import FEATURE_MAPS
+from utils import override_settings
+
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
+PROSE = re.sub(r'```.*?```', '', README, flags=re.DOTALL)
+LINKS = re.findall(r'(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]*(?:\([^()]*\)[^()\s]*)*)\)', PROSE)
+PICTURES = re.findall(r'!\[([^\]]*)\]\(([^)]*)\)', PROSE)
+SNIPPETS = re.findall(r'```python\n(.*?)```\n```\n(.*?)```', README, flags=re.DOTALL)
+COMMANDS = [line.split('  #')[0].strip() for block in re.findall(r'```bash\n(.*?)```', README, flags=re.DOTALL)
+            for line in re.sub(r'\\\n\s*', '', block).splitlines()]
+
+
+def anchors(markdown):
+    """The anchors that GitHub gives to headings: lower case, without punctuation, hyphens for blanks."""
+    headings = re.findall(r'^#+ (.*)$', re.sub(r'```.*?```', '', markdown, flags=re.DOTALL), flags=re.MULTILINE)
+    return [re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings]
+
+
+@pytest.mark.parametrize('target', sorted({target for _, target in LINKS if not target.startswith('http')}))
+def test_every_local_link_leads_somewhere(target):
+    file, _, anchor = target.partition('#')
+    assert not file or (ROOT / file).exists()
+    if anchor and not file.endswith('.py'):
+        assert anchor in anchors((ROOT / file).read_text(encoding='utf-8') if file else README)
+
+
+@pytest.mark.parametrize('text, target', [link for link in LINKS if '.py#L' in link[1]])
+def test_links_into_the_code_lead_to_the_line_that_defines_their_name(text, target):
+    name = re.search(r'`(\w+)', text)
+    file, line = target.split('#L')
+    content = (ROOT / file).read_text(encoding='utf-8').splitlines()
+    name = name[1] if name else 'read_published_checkpoint'
+    defined = [i for i, code in enumerate(content, 1) if re.match(rf'\s*(def|class) {name}\b|{name} = ', code)]
+    assert int(line) == defined[0], f'should be {file}#L{defined[0]}'
+
+
+def test_headings_have_anchors_of_their_own():
+    assert len(anchors(README)) == len(set(anchors(README))) > 30
+
+
+def test_the_contents_name_every_part():
+    contents = README.split('# Contents')[1].split('\n# ')[0]
+    parts = re.findall(r'^# (.*)$', re.sub(r'```.*?```', '', README, flags=re.DOTALL), flags=re.MULTILINE)
+    assert re.findall(r'\[([^\]]*)\]', contents) == parts[2:]  # after the title and "Contents"
+
+
+def test_every_picture_exists_and_has_a_text_that_tells_what_it_shows():
+    assert len(PICTURES) > 30
+    for text, path in PICTURES:
+        assert (ROOT / path).is_file(), path
+        assert len(text) > 40 and text.endswith('.'), path
+
+
+def test_every_drawn_picture_is_shown():
+    drawn = {path.name for path in (ROOT / 'img').iterdir() if path.suffix in ('.svg', '.jpg', '.png')}
+    assert drawn == {Path(path).name for _, path in PICTURES}
+
+
+def test_all_pictures_together_stay_small():
+    assert sum(path.stat().st_size for path in (ROOT / 'img').rglob('*') if path.is_file()) < 6e6
+
+
+def test_every_snippet_prints_what_is_shown(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert README.count('```python') == len(SNIPPETS) > 10
+    torch.manual_seed(0)
+    namespace = {}
+    for code, shown in SNIPPETS:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, namespace)
+        assert printed.getvalue() == shown, code
+
+
+def settings_of(command, monkeypatch):
+    """The settings that a command sets, after its script has taken them: wrong names and values end in SystemExit."""
+    words = shlex.split(command)
+    script = next(word for word in words if word.endswith('.py'))
+    arguments = words[words.index(script) + 1:]
+    path = ROOT / script
+    monkeypatch.syspath_prepend(str(path.parent))
+    module = importlib.import_module(path.stem)
+    monkeypatch.setattr(sys, 'argv', [script, *arguments])
+    with monkeypatch.context() as context:
+        for name in module.__annotations__:
+            context.setattr(module, name, getattr(module, name))  # restored afterwards
+        override_settings(module)
+    return [word for word in arguments if word.startswith('--')]
+
+
+@pytest.mark.parametrize('command', sorted({part.strip() for command in COMMANDS for part in command.split('&&')
+                                            if '.py' in part}))
+def test_every_command_has_settings_that_exist(command, monkeypatch):
+    settings_of(command, monkeypatch)
+
+
+def test_a_wrong_setting_in_a_command_would_be_noticed(monkeypatch):
+    with pytest.raises(SystemExit):
+        settings_of('python train.py --batchsize 3', monkeypatch)
+
+
+def test_the_test_command_is_the_one_that_is_run_automatically():
+    command = 'pip install -r requirements.txt pytest && python -m pytest'
+    assert command in COMMANDS
+    assert command in (ROOT / '.ci' / 'run').read_text().splitlines()
+
+
+def test_the_quick_start_runs_as_it_stands_though_for_one_epoch(tmp_path):
+    quick_start, = (command for command in COMMANDS if command.startswith('pip install -r requirements.txt &&'))
+    for name in ('img', *(path.name for path in ROOT.glob('*.py'))):
+        (tmp_path / name).symlink_to(ROOT / name)
+    commands = [part.strip() for part in quick_start.split('&&')][1:]
+    assert [shlex.split(command)[1] for command in commands] == ['create_data_lists.py', 'train.py', 'eval.py',
+                                                                'detect.py']
+    printed = ''
+    for command in commands:
+        words = [sys.executable, *shlex.split(command)[1:]] + ['--epochs', '1'] * ('train.py' in command)
+        process = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+        assert process.returncode == 0, process.stderr
+        printed += process.stdout
+    assert 'mAP of 8 images: ' in printed and 'drawn in detections' in printed
+    made = {path.name for path in tmp_path.iterdir() if not path.is_symlink()} - {'__pycache__'}
+    assert made == {'data', 'checkpoint_ssd300.pth', 'training_log.csv', 'evaluation', 'detections'}
+
+
+def test_the_table_of_priors_is_that_of_the_code():
+    rows = re.findall(r'^\| `(conv\w+)` \| (\d+) × (\d+) \| ([\d.]+) \| (.*?) \| (\d) \| (\d+) \|$', README,
+                      flags=re.MULTILINE)
+    assert len(rows) == 6
+    for row, feature_map in zip(rows, FEATURE_MAPS):
+        name, height, width, scale, ratios, per_position, total = row
+        assert (name, float(scale), int(per_position)) == (feature_map.name, feature_map.scale, feature_map.n_priors)
+        assert int(height) == int(width) == feature_map.grid
+        assert int(total) == feature_map.grid ** 2 * feature_map.n_priors
+        numbers = [eval(ratio) for ratio in ratios.removesuffix(', extra 1').split(', ')]
+        assert sorted(numbers) == pytest.approx(sorted(feature_map.ratios), abs=1e-3)
+    assert '**8732**' in README and sum(int(row[-1]) for row in rows) == 8732
+
+
+def test_the_numbers_in_the_text_are_computed_by_the_code(model):
+    overshooting = ((model.priors_cxcy[:, :2] - model.priors_cxcy[:, 2:] / 2 < 0)
+                    | (model.priors_cxcy[:, :2] + model.priors_cxcy[:, 2:] / 2 > 1)).any(dim=1).sum().item()
+    assert f'{overshooting} of the 8732 do' in README
+    fc_weights = 4096 * 512 * 7 * 7 + 4096 * 4096
+    assert f'{fc_weights / 1e6:.1f} million weights' in README
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, 300, 300))
+    assert f'{counter.get_total_flops() / 1e9:.1f} billion floating-point operations' in README
+    # Each layer's kernel widens the field by (kernel − 1) · dilation · what one step on its input means in pixels.
+    field, jump = 1, 1
+    for block, n_convs in enumerate((2, 2, 3, 3), start=1):
+        field += 2 * jump * n_convs
+        if block < 4:
+            field, jump = field + jump, jump * 2
+    field += 2 * jump
+    assert f'{field} pixels wide, {field / 300:.2f} of the image' in README
+
+
+def test_the_recipe_is_that_of_the_settings():
+    import train
+    assert (train.momentum, train.weight_decay, train.lr, train.batch_size, train.epochs, train.decay_lr_at) == (
+        0.9, 5e-4, 1e-3, 8, 232, [154, 193])
+    for row in ('SGD, momentum 0.9, weight decay 5e-4', '1e-3, for biases 2e-3', 'batch size | 8', 'epochs | 232',
+                'after epochs 154 and 193'):
+        assert f'| {row} |' in README or f' {row} |' in README
+
+
+def test_the_figures_are_drawn_again_as_they_are(tmp_path):
+    process = subprocess.run([sys.executable, ROOT / 'img' / 'draw_figures.py', '--output_folder', tmp_path],
+                             capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode == 0, process.stderr
+    for _, path in PICTURES:
+        drawn, committed = tmp_path / Path(path).name, ROOT / path
+        if drawn.suffix == '.svg':
+            assert drawn.read_bytes() == committed.read_bytes(), path
+        else:  # another version of Pillow may round differently
+            with Image.open(drawn) as new, Image.open(committed) as old:
+                assert new.size == old.size
+                difference = ImageChops.difference(new.convert('L'), old.convert('L'))
+                assert sum(level * n for level, n in enumerate(difference.histogram())) < new.width * new.height
+
+
+@pytest.mark.skipif(not Path('/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf').exists(),
+                    reason='needs the font Noto Color Emoji')
+def test_the_sample_is_drawn_again_as_it_is(tmp_path):
+    subprocess.run([sys.executable, SAMPLE / 'draw_emoji_voc.py', '--output_folder', tmp_path], check=True,
+                   capture_output=True, timeout=120)
+    committed = [path for path in SAMPLE.rglob('*') if path.suffix in ('.xml', '.txt', '.jpg')]
+    assert len(committed) == 16 + 16 + 3
+    for path in committed:
+        drawn = tmp_path / path.relative_to(SAMPLE)
+        if path.suffix == '.jpg':
+            with Image.open(drawn) as new, Image.open(path) as old:
+                assert new.size == old.size
+        else:
+            assert drawn.read_bytes() == path.read_bytes(), path
