@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -159,10 +160,11 @@ def output_paths(paths) -> list[Path]:
         outputs = [Path(output, path.name) for path in paths]
     # A format that is unknown, or that Pillow can read but not write, becomes JPEG.
     outputs = [path if formats.get(path.suffix.lower()) in Image.SAVE else path.with_suffix('.jpg') for path in outputs]
+    times = Counter(outputs)
     for path, output_path in zip(paths, outputs):
         require(path.resolve() != output_path.resolve(), f"output would overwrite the picture '{path}' itself")
-        require(outputs.count(output_path) == 1, f"the copies of several pictures would all be '{output_path}': "
-                                                 'detect in one folder at a time')
+        require(times[output_path] == 1, f"the copies of several pictures would all be '{output_path}': "
+                                        'detect in one folder at a time')
     return outputs
 
 

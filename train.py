@@ -298,6 +298,7 @@ def check_settings():
     require(0 < decay_lr_to <= 1, f'decay_lr_to must be above 0 and at most 1, not {decay_lr_to}')
     require(0 <= momentum < 1, f'momentum must be at least 0 and less than 1, not {momentum}')
     require(0 <= weight_decay < math.inf, f'weight_decay must be 0 or more, not {weight_decay}')
+    require(0 <= seed < 2 ** 32, f'seed must be between 0 and 2³² − 1, not {seed}')
     require(grad_clip is None or grad_clip > 0, f'grad_clip must be None or greater than 0, not {grad_clip}')
 
 
