@@ -122,7 +122,7 @@ def main():
                 save_checkpoint(checkpoint_path, epoch + 1, model, optimizer, scheduler, dataset.label_map,
                                 current_settings(sys.modules[__name__]))
             saved = f'epoch {epoch + 1} in {checkpoint_path}'
-            if ctrl_c.pressed:
+            if ctrl_c.pressed and epoch + 1 < epochs:
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         sys.exit(f'Stopped: go on from the end of {saved} by naming it as --checkpoint' if saved
