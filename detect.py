@@ -31,7 +31,7 @@ top_k: int = 200  # at most this many objects per picture, the best ones
 suppress: list[str] | None = None  # classes to leave out; None: all are shown
 output: str = 'detections'  # folder for the annotated copies; for one picture, also a file's name: .jpg, .png, …
 save_json: bool = False  # write the objects of all pictures to detections.json, beside the copies
-precision: str = 'float32'  # or 'bfloat16', faster on recent GPUs and CPUs
+precision: str = 'float32'  # or 'bfloat16', for GPUs and CPUs that compute in it
 
 
 def main():
@@ -193,7 +193,7 @@ def check_settings():
     require(0 <= min_score < 1, f'min_score must be at least 0 and less than 1, not {min_score}')
     require(0 <= max_overlap <= 1, f'max_overlap must be between 0 and 1, not {max_overlap}')
     require(top_k >= 1, f'top_k must be at least 1, not {top_k}')
-    autocast(torch.device('cpu'), precision)
+    autocast(torch.device('cpu'), precision)  # refuses a precision that it doesn't know
 
 
 if __name__ == '__main__':

@@ -29,7 +29,7 @@ checkpoint: str = 'checkpoint_ssd300.pth'  # the trained network, a file that tr
 split: str = 'test'  # 'test' or 'train'
 batch_size: int = 16  # images per forward pass; changes the speed and the memory needed, not the result
 workers: int = min(4, os.cpu_count() or 1)  # processes that read pictures; 0: the main one reads them itself
-precision: str = 'float32'  # or 'bfloat16', faster on recent GPUs and CPUs
+precision: str = 'float32'  # or 'bfloat16', for GPUs and CPUs that compute in it
 sure_score: float = 0.5  # precision and recall are told for detections with at least this score
 output_folder: str = 'evaluation'  # where report.json and precision_recall.png go
 
@@ -51,7 +51,8 @@ def main():
                         pin_memory=device.type == 'cuda')
 
     with autocast(device, precision):
-        ranked = rank_detections(*detect_all(loader, model), dataset.label_map)
+        results = detect_all(loader, model)
+    ranked = rank_detections(*results, dataset.label_map)
     report = {'checkpoint': str(checkpoint), 'split': split, 'images': len(dataset), **make_report(ranked)}
     print_report(report)
     make_folder(output_folder)
@@ -145,7 +146,7 @@ def check_settings():
     require(batch_size >= 1, f'batch_size must be at least 1, not {batch_size}')
     require(0 <= sure_score <= 1, f'sure_score must be between 0 and 1, not {sure_score}')
     warn_about_workers(workers)
-    autocast(torch.device('cpu'), precision)
+    autocast(torch.device('cpu'), precision)  # refuses a precision that it doesn't know
 
 
 if __name__ == '__main__':

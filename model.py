@@ -220,7 +220,7 @@ class SSD300(nn.Module):
             priors.append(torch.cat((centers.expand(shape), sizes.expand(shape)), dim=-1).view(-1, 4))
         priors = torch.cat(priors)  # (8732, 4)
         # No prior is larger than the image: this cuts 20 of them, on the two uppermost maps. 2740 overshoot an edge
-        # of the image and are left so, other than in the paper (section "Remarks" of the README).
+        # of the image and are left so, other than in the paper (README, "Where this differs").
         priors[:, 2:].clamp_(max=1)
         return priors
 

@@ -53,7 +53,7 @@ decay_lr_to: float = 0.1  # what is left of the learning rate each time
 momentum: float = 0.9  # of SGD
 weight_decay: float = 5e-4  # of SGD, on weights and biases
 grad_clip: float | None = None  # largest norm of the gradient; None: no limit; 10 helps where training diverges
-precision: str = 'float32'  # or 'bfloat16': half the memory and, on recent GPUs, much faster
+precision: str = 'float32'  # or 'bfloat16', for GPUs and CPUs that compute in it
 seed: int = 0  # of all that is drawn by lot: on a CPU, the same seed gives the same weights
 
 CHECKPOINT_NAME, LOG_NAME = 'checkpoint_ssd300.pth', 'training_log.csv'
@@ -291,7 +291,7 @@ def check_settings():
     require(epochs >= 1, f'epochs must be at least 1, not {epochs}')
     warn_about_workers(workers)
     require(not (checkpoint and finetune), 'set checkpoint to go on with a run, or finetune for a new one, not both')
-    autocast(torch.device('cpu'), precision)
+    autocast(torch.device('cpu'), precision)  # refuses a precision that it doesn't know
     require(0 < lr < math.inf, f'lr must be greater than 0, not {lr}')
     require(all(a < b for a, b in zip([0, *decay_lr_at], decay_lr_at)),
             f'decay_lr_at must be epochs in rising order, not {decay_lr_at}')
