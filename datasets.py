@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from utils import InputError, read_image, transform
 
@@ -43,10 +43,7 @@ class PascalVOCDataset(Dataset):
 
     def __getitem__(self, i):
         image = read_image(self.images[i])
-        objects = self.objects[i]
-        boxes = torch.tensor(objects['boxes'], dtype=torch.float).view(-1, 4)  # (n, 4), also for n = 0
-        labels = torch.tensor(objects['labels'], dtype=torch.long)  # (n)
-        difficulties = torch.tensor(objects['difficulties'], dtype=torch.bool)  # (n)
+        boxes, labels, difficulties = make_tensors(**self.objects[i])  # (n, 4), (n), (n)
         if not self.keep_difficult:
             boxes, labels, difficulties = boxes[~difficulties], labels[~difficulties], difficulties[~difficulties]
         return transform(image, boxes, labels, difficulties, split='TRAIN' if self.augment else 'TEST')
@@ -55,7 +52,31 @@ class PascalVOCDataset(Dataset):
         """Makes a batch of items: images stacked to (N, 3, 300, 300), all else as lists of N tensors, for their sizes
         differ."""
         images, boxes, labels, difficulties = zip(*batch)
-        return torch.stack(images), list(boxes), list(labels), list(difficulties)
+        return Batch((default_collate(images), list(boxes), list(labels), list(difficulties)))
+
+
+class Batch(tuple):
+    """(images, boxes, labels, difficulties), of which a worker process sends only the images as a tensor.
+
+    PyTorch hands over each tensor as shared memory with an open file. For three small ones per picture, that took a
+    third as long as reading the pictures; and who keeps them, as eval.py does, soon has too many files open.
+    """
+
+    def __reduce__(self):
+        images, *others = self
+        return unpack_batch, (images, *([tensor.tolist() for tensor in tensors] for tensors in others))
+
+
+def unpack_batch(images, *others):
+    """What a Batch becomes in the main process."""
+    boxes, labels, difficulties = zip(*map(make_tensors, *others))
+    return images, list(boxes), list(labels), list(difficulties)
+
+
+def make_tensors(boxes, labels, difficulties):
+    """The objects of a picture, given as three lists: boxes (n, 4), labels (n), difficulties (n)."""
+    return (torch.tensor(boxes, dtype=torch.float).view(-1, 4),  # also for n = 0
+            torch.tensor(labels, dtype=torch.long), torch.tensor(difficulties, dtype=torch.bool))
 
 
 def read_list(data_folder, name, kind):

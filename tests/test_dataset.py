@@ -167,6 +167,20 @@ def test_two_workers_do_not_draw_the_same_lots(lists):
     assert not any(images[i].equal(images[j]) for i in range(4) for j in range(i))
 
 
+def test_keeping_the_objects_of_many_pictures_keeps_no_files_open(lists):
+    # As in evaluation: a tensor that a worker hands over as shared memory is an open file for as long as it lives.
+    resource = pytest.importorskip('resource')
+    dataset = PascalVOCDataset(lists, 'TRAIN', keep_difficult=True, augment=False)
+    dataset.images, dataset.objects = dataset.images * 50, dataset.objects * 50
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(200, limits[0]), limits[1]))
+    try:
+        kept = [objects for _, *objects in DataLoader(dataset, num_workers=2, collate_fn=dataset.collate_fn)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert [len(boxes[0]) for boxes, _, _ in kept] == [2, 1, 0, 3] * 50
+
+
 # --------------------------------------------------------------------------------------------- bad lists
 
 NAMES = ['TRAIN_images.json', 'TRAIN_objects.json', 'label_map.json']
