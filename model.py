@@ -253,8 +253,7 @@ class SSD300(nn.Module):
         """Non-maximum suppression for one image: boxes (8732, 4), class_scores (8732, n_classes − 1)."""
         # Each pair of prior and class above min_score is a candidate; a prior may be one for several classes.
         priors, labels = (class_scores > min_score).nonzero(as_tuple=True)  # (n_candidates)
-        scores, order = class_scores[priors, labels].sort(descending=True, stable=True)  # (n_candidates)
-        priors, labels = priors[order], labels[order] + 1  # (n_candidates): by falling score, and from 1 on
+        scores, labels = class_scores[priors, labels], labels + 1  # (n_candidates): labels count from 1
 
         # batched_nms keeps classes apart by shifting each to a place of its own. In float32, the shift would cost
         # coordinates their last digits; and it is far enough only if no coordinate is negative.
@@ -264,11 +263,22 @@ class SSD300(nn.Module):
         # if they leave top_k objects; early in training, there are 90,000 candidates. The result is the same.
         n = 2000
         while True:
-            kept = batched_nms(shifted[priors[:n]], scores[:n].double(), labels[:n], max_overlap)
-            if len(kept) >= top_k or n >= len(scores):
-                kept = kept.sort().values[:top_k]  # candidates are in the order of their scores: so are these
+            best = best_first(scores, n)  # (n_best)
+            kept = batched_nms(shifted[priors[best]], scores[best].double(), labels[best], max_overlap)
+            if len(kept) >= top_k or len(best) == len(scores):
+                kept = best[kept.sort().values[:top_k]]  # sorted places among the best are sorted by score, too
                 return boxes[priors[kept]], labels[kept], scores[kept]
             n *= 2
+
+
+def best_first(scores, n):
+    """The places of the n highest of some scores, by falling score, equal ones by place. All that equal the n-th are
+    there as well, so that chance doesn't choose among them."""
+    if n >= len(scores):
+        return scores.argsort(descending=True, stable=True)
+    # Looking for the n-th takes far less time than sorting everything.
+    best, = (scores >= scores.topk(n).values[-1]).nonzero(as_tuple=True)
+    return best[scores[best].argsort(descending=True, stable=True)]
 
 
 def load_model(checkpoint_path) -> tuple[SSD300, dict[str, int]]:

@@ -76,6 +76,21 @@ def test_of_90000_candidates_of_an_untrained_network_the_same_are_kept(model):
         assert as_tuples(*(tensors[0] for tensors in detected)) == expected[:top_k]
 
 
+def test_of_thousands_of_equally_good_candidates_the_same_are_kept(model):
+    generator = torch.Generator().manual_seed(3)
+    locs = torch.randn(1, 8732, 4, generator=generator)
+    # Each prior wavers between the background and one to four classes: its scores are exactly 1/2, 1/3, 1/4 or 1/5.
+    places = torch.rand(1, 8732, 20, generator=generator).argsort(dim=2)
+    logits = torch.where(places <= torch.arange(8732)[:, None] % 4, 0.0, -100.0)
+    logits = torch.cat((torch.zeros(1, 8732, 1), logits), dim=2)
+    boxes, class_scores = (decoded[0] for decoded in decode(model, locs, logits))
+    assert (class_scores > 0.01).sum() == 2183 * (1 + 2 + 3 + 4) and len(class_scores.unique()) < 10
+    expected = suppress_everything(boxes, class_scores, min_score=0.01, max_overlap=0.45)
+    for top_k in (200, 5000):
+        detected = model.detect_objects(locs, logits, 0.01, 0.45, top_k)
+        assert as_tuples(*(tensors[0] for tensors in detected)) == expected[:top_k]
+
+
 def test_when_thousands_of_the_best_candidates_are_one_object_the_same_are_kept(model):
     generator = torch.Generator().manual_seed(1)
     # 6,000 priors see two large objects, in three classes each; the others stay where they are and score lower.
