@@ -344,12 +344,11 @@ DISTORTIONS = ((F.adjust_brightness, 0.5, 1.5), (F.adjust_contrast, 0.5, 1.5), (
 
 
 def photometric_distort(image):
-    """Brightness, contrast, saturation and hue of an image (3, height, width) with values in [0, 1], changed at random,
-    each with a chance of 50 %, in random order."""
+    """Changes brightness, contrast, saturation and hue of an image (3, height, width) with values in [0, 1], in place
+    and at random: each with a chance of 50 %, in random order."""
     for adjust, low, high in random.sample(DISTORTIONS, len(DISTORTIONS)):
         if random.random() < 0.5:
-            image = adjust(image, random.uniform(low, high))
-    return image
+            image.copy_(adjust(image, random.uniform(low, high)))
 
 
 def zoom_out(width, height) -> tuple[int, int, int, int]:
@@ -420,13 +419,15 @@ def look_through(image, window=None, mirror=False, distort=False, mean=IMAGENET_
     if mirror:
         part = ImageOps.mirror(part)
         x1, x2 = IMAGE_SIZE - x2, IMAGE_SIZE - x1
-    part = F.to_dtype(F.pil_to_tensor(part), torch.float, scale=True)  # (3, y2 − y1, x2 − x1), in [0, 1]
-    if distort:
-        part = photometric_distort(part)
 
-    # Around the picture lies the mean colour, which normalisation makes 0.
+    # Around the picture lies the mean colour, which normalisation makes 0. The picture itself is changed where it lies:
+    # every copy of it would be a megabyte, which takes longer to get from the system than to fill.
     canvas = torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)
-    canvas[:, y1:y2, x1:x2] = F.normalize(part, mean, std)
+    pixels = canvas[:, y1:y2, x1:x2]  # a view of its place
+    pixels.copy_(F.pil_to_tensor(part)).div_(255)  # in [0, 1]
+    if distort:
+        photometric_distort(pixels)
+    F.normalize(pixels, mean, std, inplace=True)
     return canvas
 
 
