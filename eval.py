@@ -29,6 +29,7 @@ checkpoint: str = 'checkpoint_ssd300.pth'  # the trained network, a file that tr
 split: str = 'test'  # 'test' or 'train'
 batch_size: int = 16  # images per forward pass; changes the speed and the memory needed, not the result
 workers: int = min(4, os.cpu_count() or 1)  # processes that read pictures; 0: the main one reads them itself
+prefetch: int = 2  # batches that each worker reads ahead; more evens out slow disks, and takes memory
 precision: str = 'float32'  # or 'bfloat16', for GPUs and CPUs that compute in it
 sure_score: float = 0.5  # precision and recall are told for detections with at least this score
 output_folder: str = 'evaluation'  # where report.json and precision_recall.png go
@@ -48,7 +49,7 @@ def main():
     check_label_map(model_label_map, dataset.label_map)
     model.to(device, memory_format=torch.channels_last)
     loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=dataset.collate_fn,
-                        pin_memory=device.type == 'cuda')
+                        prefetch_factor=prefetch if workers else None, pin_memory=device.type == 'cuda')
 
     with autocast(device, precision):
         results = detect_all(loader, model)
@@ -146,6 +147,7 @@ def check_settings():
     require(batch_size >= 1, f'batch_size must be at least 1, not {batch_size}')
     require(0 <= sure_score <= 1, f'sure_score must be between 0 and 1, not {sure_score}')
     warn_about_workers(workers)
+    require(prefetch >= 1, f'prefetch must be at least 1, not {prefetch}')
     autocast(torch.device('cpu'), precision)  # refuses a precision that it doesn't know
 
 

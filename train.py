@@ -37,6 +37,7 @@ data_folder: str = 'data'  # where create_data_lists.py put the data lists
 keep_difficult: bool = True  # train on objects marked as difficult, too; without them it is faster, but a bit worse
 augment: bool = True  # zoom, crop, mirror and distort colours at random (paper, section 2.2)
 workers: int = min(4, os.cpu_count() or 1)  # processes that read pictures; 0: the main one reads them itself
+prefetch: int = 2  # batches that each worker reads ahead; more evens out slow disks, and takes memory
 
 # Model
 pretrained: bool = True  # start from VGG-16 trained on ImageNet; without, from random weights
@@ -110,7 +111,8 @@ def main():
             # A list, which tells of what pictures a batch was made, should its loss fail.
             batches = list(BatchSampler(sampler, batch_size, drop_last=False))
             loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=dataset.collate_fn,
-                                worker_init_fn=ignore_ctrl_c, pin_memory=device.type == 'cuda')
+                                prefetch_factor=prefetch if workers else None, worker_init_fn=ignore_ctrl_c,
+                                pin_memory=device.type == 'cuda')
             progress = Progress(loader, epoch, optimizer, device, n_processes, is_main, board, ctrl_c)
             with progress.bar:  # closed, whatever ends the epoch, before a message about it is printed
                 train_epoch(loader, network, criterion, optimizer, device, mixed_precision, progress)
@@ -290,6 +292,7 @@ def check_settings():
     require(batch_size >= 1, f'batch_size must be at least 1, not {batch_size}')
     require(epochs >= 1, f'epochs must be at least 1, not {epochs}')
     warn_about_workers(workers)
+    require(prefetch >= 1, f'prefetch must be at least 1, not {prefetch}')
     require(not (checkpoint and finetune), 'set checkpoint to go on with a run, or finetune for a new one, not both')
     autocast(torch.device('cpu'), precision)  # refuses a precision that it doesn't know
     require(0 < lr < math.inf, f'lr must be greater than 0, not {lr}')

@@ -313,10 +313,10 @@ def test_what_one_script_writes_is_what_the_next_one_reads():
 
 nan, inf = math.nan, math.inf
 REFUSED = {
-    train: {'batch_size': [0, -1], 'epochs': [0, -5], 'workers': [-1], 'lr': [0.0, -1e-3, nan, inf],
+    train: {'batch_size': [0, -1], 'epochs': [0, -5], 'workers': [-1], 'prefetch': [0], 'lr': [0.0, -1e-3, nan, inf],
             'decay_lr_at': [[193, 154], [5, 5], [0, 3], [-1], [1, 3, 2]], 'decay_lr_to': [0.0, -0.1, 1.5, nan],
             'momentum': [1.0, -0.1, nan, inf], 'weight_decay': [-5e-4, nan, inf], 'grad_clip': [0.0, -10.0, nan]},
-    evaluation: {'batch_size': [0, -1], 'workers': [-1]},
+    evaluation: {'batch_size': [0, -1], 'workers': [-1], 'prefetch': [0, -1]},
     detect: {'min_score': [-0.1, 1.0, 1.5, nan, inf], 'max_overlap': [-0.1, 1.1, nan], 'top_k': [0, -3]},
 }
 ACCEPTED = {
