@@ -58,8 +58,8 @@ class PascalVOCDataset(Dataset):
 class Batch(tuple):
     """(images, boxes, labels, difficulties), of which a worker process sends only the images as a tensor.
 
-    PyTorch hands over each tensor as shared memory with an open file. For three small ones per picture, that took a
-    third as long as reading the pictures; and who keeps them, as eval.py does, soon has too many files open.
+    PyTorch hands over each tensor as shared memory with an open file. For three small ones per picture, that takes
+    longer than for all the images; and who keeps them, as eval.py does, soon has too many files open.
     """
 
     def __reduce__(self):

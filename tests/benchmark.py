@@ -223,7 +223,7 @@ def measure_memory():
             _, status, usage = os.wait4(process.pid, 0)
             assert status == 0, 'eval.py failed'
             peaks.append(usage.ru_maxrss * 1024)
-    return [peaks[0] / 64], [peaks[0] / peaks[1]]
+    return peaks[:1], [peaks[0] / peaks[1]]
 
 
 def save_untrained(model, folder):
@@ -275,12 +275,10 @@ def main():
     for name, (measure, goal, higher) in tqdm(stages.items(), unit='stage'):
         times, ratios = measure()
         ratio = median(ratios)
-        goal_text, met = '', ''
-        if goal is not None:
-            goal_text = f'{"≥" if higher else "≤"} {goal}'
-            met = 'yes' if (ratio >= goal if higher else ratio <= goal) else 'NO'
-        amount = f'{median(times) / 2**20:.1f} MiB' if 'memory' in name else f'{1e3 * median(times):.2f} ms'
-        rows.append((name, amount, f'{ratio:.3f} ({min(ratios):.3f}–{max(ratios):.3f})', goal_text, met))
+        met = '' if goal is None else 'yes' if (ratio >= goal if higher else ratio <= goal) else 'NO'
+        amount = f'{median(times) / 2**20:,.0f} MiB in all' if 'memory' in name else f'{1e3 * median(times):.2f} ms'
+        rows.append((name, amount, f'{ratio:.3f} ({min(ratios):.3f}–{max(ratios):.3f})',
+                     goal_text(goal, higher), met))
 
     print(f'{processor()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads')
     print(f'Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, '
@@ -289,6 +287,11 @@ def main():
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     for row in (header, *rows):
         print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def goal_text(goal, higher):
+    """A goal as the table shows it."""
+    return '' if goal is None else f'{"≥" if higher else "≤"} {goal}'
 
 
 def processor():
