@@ -43,6 +43,7 @@ TOP_K = 200  # objects per image
 def main():
     check_settings()
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    torch.backends.cudnn.benchmark = True  # all inputs have one size: cuDNN may try which algorithm is fastest
     # Difficult objects have to be known, so that finding one isn't counted as an error.
     dataset = PascalVOCDataset(data_folder, split, keep_difficult=True, augment=False)
     model, model_label_map = load_model(checkpoint)

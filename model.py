@@ -61,7 +61,7 @@ class VGGBase(nn.Module):
     def __init__(self):
         super().__init__()
         in_channels = 3
-        for block, (n_convs, channels) in enumerate(VGG_BLOCKS, start=1):
+        for block, (n_convs, channels) in enumerate(VGG_BLOCKS, 1):
             for i in range(1, n_convs + 1):
                 self.add_module(f'conv{block}_{i}', nn.Conv2d(in_channels, channels, kernel_size=3, padding=1))
                 in_channels = channels
@@ -79,7 +79,7 @@ class VGGBase(nn.Module):
     def forward(self, image):
         """image (N, 3, 300, 300) → feature maps conv4_3 (N, 512, 38, 38), conv7 (N, 1024, 19, 19)"""
         out = image
-        for block, (n_convs, _) in enumerate(VGG_BLOCKS, start=1):
+        for block, (n_convs, _) in enumerate(VGG_BLOCKS, 1):
             for i in range(1, n_convs + 1):
                 out = F.relu(getattr(self, f'conv{block}_{i}')(out))
             if block == 4:

@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -98,7 +99,8 @@ def test_a_checkpoint_is_made_of_plain_containers_alone(tmp_path):
     path = save(tmp_path / 'checkpoint.pth')
     plain = {dict, OrderedDict, list, tuple, str, int, float, bool, type(None), torch.Tensor}
     assert {type(part) for part in parts(torch.load(path, weights_only=True))} <= plain
-    assert torch.serialization.get_unsafe_globals_in_checkpoint(path) == []
+    if hasattr(torch.serialization, 'get_unsafe_globals_in_checkpoint'):  # not in PyTorch 2.4
+        assert torch.serialization.get_unsafe_globals_in_checkpoint(path) == []
 
 
 def test_a_checkpoint_from_a_gpu_is_loaded_to_the_cpu(tmp_path, monkeypatch):
@@ -393,7 +395,8 @@ def test_a_checkpoint_with_a_hostile_pickle_is_refused_by_name_and_its_payload_d
         function, f'touch {harm}')
     torch.save({'epoch': 1, 'model': {}, 'optimizer': {}, 'label_map': LABEL_MAP, 'settings': {},
                 part: {'deep': [Call(function, payload)]}}, path)
-    assert repr(name) in refusal(path, 'nothing of it was run')
+    # PyTorch 2.4 says 'builtins.eval' where later ones say 'eval'.
+    assert re.search(rf"'(builtins\.)?{re.escape(name)}'", refusal(path, 'nothing of it was run'))
     assert not harm.exists()
 
 
