@@ -6,14 +6,15 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from utils import InputError, read_image, transform
+from utils import InputError, read_image, require, transform
 
 
 class PascalVOCDataset(Dataset):
     """The pictures of one split with their objects.
 
     An item is (image, boxes, labels, difficulties): a normalised image (3, 300, 300), boxes in fractional boundary
-    coordinates (n, 4), labels long (n), difficulties bool (n). A picture without objects has n = 0.
+    coordinates (n, 4), labels long (n), difficulties bool (n). A picture without objects has n = 0. One that can't be
+    read, or to which the objects can't belong, raises InputError.
     """
 
     def __init__(self, data_folder, split, keep_difficult=False, augment=None):
@@ -44,6 +45,10 @@ class PascalVOCDataset(Dataset):
     def __getitem__(self, i):
         image = read_image(self.images[i])
         boxes, labels, difficulties = make_tensors(**self.objects[i])  # (n, 4), (n), (n)
+        centers = (boxes[:, :2] + boxes[:, 2:]) / 2  # (n, 2), in pixels
+        require((centers < torch.tensor(image.size)).all(),
+                f"picture '{self.images[i]}' has {image.width}×{image.height} pixels, but an object outside of them: "
+                "the data lists were made of another one; make them again with create_data_lists.py")
         if not self.keep_difficult:
             boxes, labels, difficulties = boxes[~difficulties], labels[~difficulties], difficulties[~difficulties]
         return transform(image, boxes, labels, difficulties, split='TRAIN' if self.augment else 'TEST')

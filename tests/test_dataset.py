@@ -241,6 +241,16 @@ def test_a_picture_that_cannot_be_read_is_named(lists, damage):
     assert dataset.images[2] in message
 
 
+@pytest.mark.parametrize('augment', [False, True])
+def test_a_picture_exchanged_for_a_smaller_one_is_named(lists, augment):
+    dataset = PascalVOCDataset(lists, 'TRAIN', augment=augment)
+    Image.new('RGB', (48, 36)).save(dataset.images[0])  # the dog's center, (37.5, 30.5), is still inside
+    dataset[0]
+    Image.new('RGB', (32, 24)).save(dataset.images[0])
+    with pytest.raises(InputError, match=f"'{dataset.images[0]}' has 32×24 pixels.*create_data_lists.py"):
+        dataset[0]
+
+
 def break_picture(path, damage):
     path = Path(path)
     content = path.read_bytes()
