@@ -423,8 +423,8 @@ def look_through(image, window=None, mirror=False, distort=False, mean=IMAGENET_
     # Around the picture lies the mean colour, which normalisation makes 0. The picture itself is changed where it lies:
     # every copy of it would be a megabyte, which takes longer to get from the system than to fill.
     canvas = torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)
-    pixels = canvas[:, y1:y2, x1:x2]  # a view of its place
-    pixels.copy_(F.pil_to_tensor(part)).div_(255)  # in [0, 1]
+    pixels = canvas[:, y1:y2, x1:x2]  # (3, y2 − y1, x2 − x1): a view of its place
+    pixels.copy_(F.pil_to_tensor(part)).div_(255)  # the same, in [0, 1]
     if distort:
         photometric_distort(pixels)
     F.normalize(pixels, mean, std, inplace=True)
@@ -536,13 +536,17 @@ def rank_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, 
     """What the precision and recall of each class follow from. The arguments are those of `calculate_mAP`.
 
     :return: {label: (scores (d), whether true, bool (d), number of objects to be found)}, by falling score; of
-        detections and objects, only those that count
+        detections and objects, only those that count. Classes without an object to be found are named in a warning.
     """
     labels, scores, true = match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
                                             true_difficulties)
     countable = torch.cat(true_labels)[~torch.cat(true_difficulties).bool()]  # labels of the objects to be found
-    return {label: (scores[labels == index], true[labels == index], int((countable == index).sum()))
-            for label, index in label_map.items() if index > 0}
+    ranked = {label: (scores[labels == index], true[labels == index], int((countable == index).sum()))
+              for label, index in label_map.items() if index > 0}
+    missing = [label for label, (_, _, n_objects) in ranked.items() if n_objects == 0]
+    if missing:
+        warnings.warn(f'no objects to be found of {", ".join(missing)}: no AP, and left out of the mean')
+    return ranked
 
 
 def mean_of_classes(values) -> float:
@@ -563,9 +567,6 @@ def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, tr
     """
     ranked = rank_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties, label_map)
     average_precisions = {label: average_precision(true, n_objects) for label, (_, true, n_objects) in ranked.items()}
-    missing = [label for label, value in average_precisions.items() if math.isnan(value)]
-    if missing:
-        warnings.warn(f'no objects to be found of {", ".join(missing)}: no AP, and left out of the mean')
     return average_precisions, mean_of_classes(average_precisions.values())
 
 

@@ -208,6 +208,12 @@ def test_the_report_tells_what_was_worked_out_on_paper(monkeypatch):
     assert row['AP'] == pytest.approx((3 * 1 + 5 * 3 / 4) / 11)
 
 
+def test_a_report_warns_of_classes_without_objects():
+    cat = [torch.rand(1, 4)], [torch.tensor([1])]
+    with pytest.warns(UserWarning, match='no objects to be found of dog:'):
+        rank_detections(*cat, [torch.rand(1)], *cat, [torch.zeros(1)], {'background': 0, 'cat': 1, 'dog': 2})
+
+
 def test_a_class_without_detections_has_no_precision_and_its_report_is_json():
     empty = [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.long)], [torch.zeros(0)]
     ranked = rank_detections(*empty, [torch.rand(1, 4)], [torch.tensor([1])], [torch.zeros(1)], {'bg': 0, 'cat': 1})
