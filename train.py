@@ -187,9 +187,10 @@ class Progress:
         parts = torch.stack(self.unread)  # (n_unread, 2)
         if self.n_processes > 1:
             distributed.all_reduce(parts)
-        self.losses += (parts / self.n_processes).tolist()
+        losses = (parts / self.n_processes).tolist()
+        self.check_losses(losses)
+        self.losses += losses
         self.unread = []
-        self.check_losses()
         speed = self.n_images / (time.monotonic() - self.start)
         self.bar.set_postfix({'loss': f'{sum(self.losses[-1]):.3f}', 'lr': f'{self.lr:g}', 'images/s': f'{speed:.1f}'})
         if self.board:
@@ -199,9 +200,9 @@ class Progress:
             for name, value in values.items():
                 self.board.add_scalar(name, value, self.epoch * len(self.loader) + len(self.losses))
 
-    def check_losses(self):
-        """Stops at the first step whose loss is nan or infinite: from there on, so are the weights."""
-        for step, (confidence, localization) in enumerate(self.losses, start=1):
+    def check_losses(self, losses):
+        """Stops at the first of the newest steps whose loss is nan or infinite: from there on, so are the weights."""
+        for step, (confidence, localization) in enumerate(losses, start=len(self.losses) + 1):
             if not math.isfinite(confidence + localization):
                 pictures = ', '.join(self.loader.dataset.images[i] for i in self.loader.batch_sampler[step - 1])
                 raise InputError(f'the loss is no longer finite in epoch {self.epoch + 1}, step {step} (confidence '
