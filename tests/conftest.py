@@ -3,27 +3,20 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from benchmark import ROOT, SAMPLE, make_model, save_untrained  # which puts the repository on the path
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from model import SSD300  # noqa: E402
-from utils import create_data_lists, make_label_map, voc_labels  # noqa: E402
-
-SAMPLE = ROOT / 'img' / 'emoji_voc'
+from utils import create_data_lists
 
 
 @pytest.fixture(scope='session')
 def model():
     """An SSD300 for VOC with random weights, in evaluation mode. Tests leave it as it is."""
-    torch.manual_seed(0)
-    return SSD300(n_classes=21).eval()
+    return make_model()
 
 
 @pytest.fixture
@@ -46,9 +39,7 @@ def sample_lists(tmp_path_factory):
 @pytest.fixture(scope='session')
 def untrained_checkpoint(model, tmp_path_factory):
     """A checkpoint file with the random weights of `model`, as train.py would write it."""
-    path = tmp_path_factory.mktemp('checkpoint') / 'checkpoint_ssd300.pth'
-    torch.save({'epoch': 1, 'model': model.state_dict(), 'label_map': make_label_map(voc_labels), 'settings': {}}, path)
-    return path
+    return save_untrained(model, tmp_path_factory.mktemp('checkpoint'))
 
 
 def make_annotation(objects, size=(64, 48)):

@@ -168,26 +168,19 @@ def test_a_refused_command_line_does_not_run_main(script, command_line, capsys):
     assert script.calls == [] and 'many' in capsys.readouterr().err
 
 
-def test_an_input_error_becomes_one_line_instead_of_a_traceback(script, command_line, monkeypatch):
-    def fail():
-        raise InputError("picture 'a.jpg' isn't there: copy it there")
-
-    command_line()
-    monkeypatch.setattr(script, 'main', fail)
-    with pytest.raises(SystemExit) as exit_:
-        utils.run_script(script)
-    assert exit_.value.code == "Error: picture 'a.jpg' isn't there: copy it there"
-
-
-def test_ctrl_c_becomes_one_word(script, command_line, monkeypatch):
+@pytest.mark.parametrize(('error', 'line'), [
+    (InputError("picture 'a.jpg' isn't there: copy it there"), "Error: picture 'a.jpg' isn't there: copy it there"),
+    (KeyboardInterrupt(), 'Stopped.')])
+def test_an_input_error_and_ctrl_c_become_one_line_instead_of_a_traceback(error, line, script, command_line,
+                                                                          monkeypatch):
     def stop():
-        raise KeyboardInterrupt
+        raise error
 
     command_line()
     monkeypatch.setattr(script, 'main', stop)
     with pytest.raises(SystemExit) as exit_:
         utils.run_script(script)
-    assert exit_.value.code == 'Stopped.'
+    assert exit_.value.code == line
 
 
 def test_an_error_of_the_program_itself_keeps_its_traceback(script, command_line, monkeypatch):
