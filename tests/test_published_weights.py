@@ -200,6 +200,7 @@ def test_detect_draws_the_same_with_the_published_checkpoint_as_with_ours(publis
     assert not ImageChops.difference(*drawn).getbbox()
 
 
+@pytest.mark.filterwarnings('ignore:no objects to be found')
 def test_eval_measures_the_same_with_the_published_checkpoint_as_with_ours(published, same_weights, tmp_path,
                                                                            monkeypatch, capsys):
     voc = make_voc(make_voc(tmp_path / 'VOC', {'1': [('dog', (5, 5, 40, 40), 0)]}),
