@@ -1,23 +1,28 @@
-"""SSD300 (Liu et al., "SSD: Single Shot MultiBox Detector", arXiv 1512.02325): the network and its loss.
+"""SSD300 (Liu et al., "SSD: Single Shot MultiBox Detector", arXiv 1512.02325).
 
+In reading order: the network, the loss that trains it, detection, and weights from elsewhere.
 Shapes in the comments: N images in a batch, 8732 priors, n_classes with the background as class 0.
 """
 
 import pickle
+from math import sqrt
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import distributed, nn
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.models import VGG16_Weights
 from torchvision.models.detection import SSD300_VGG16_Weights
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms
 
-from utils import (IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, InputError, cxcy_to_gcxgcy, cxcy_to_xy, decimate,
-                   find_jaccard_overlap, gcxgcy_to_cxcy, load_checkpoint, make_label_map, xy_to_cxcy)
+from utils import (IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, InputError, cxcy_to_gcxgcy, cxcy_to_xy,
+                   decimate, find_jaccard_overlap, gcxgcy_to_cxcy, load_checkpoint, make_label_map,
+                   xy_to_cxcy)
 
+# ------------------------------------------------------------------------------------------ network
 
 class FeatureMap(NamedTuple):
     name: str  # of the convolution whose output it is
@@ -32,8 +37,9 @@ class FeatureMap(NamedTuple):
         return len(self.ratios) + 1
 
 
-# Table of the paper's section 2.2 and of its Caffe code. Priors and prediction convolutions are both made from
-# it, in this order, so that the i-th prediction always belongs to the i-th prior.
+# The six maps as the paper has them (section 2.2; the authors' Caffe code uses other scales). Priors
+# and prediction convolutions are both made from this table, so the i-th prediction always belongs to
+# the i-th prior. 0.333 rather than 1/3, since the tutorial's published weights were trained with it.
 FEATURE_MAPS = (
     FeatureMap('conv4_3', 512, 38, 0.1, (1, 2, 0.5)),
     FeatureMap('conv7', 1024, 19, 0.2, (1, 2, 3, 0.5, 0.333)),
@@ -43,16 +49,8 @@ FEATURE_MAPS = (
     FeatureMap('conv11_2', 256, 1, 0.9, (1, 2, 0.5)),
 )
 
-# VGG-16's five blocks of 3×3 convolutions: how many, and their output channels.
-VGG_BLOCKS = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
-
-# name: input channels, output channels, kernel size, stride, padding
-AUXILIARY_LAYERS = {
-    'conv8_1': (1024, 256, 1, 1, 0), 'conv8_2': (256, 512, 3, 2, 1),  # 19×19 → 10×10
-    'conv9_1': (512, 128, 1, 1, 0), 'conv9_2': (128, 256, 3, 2, 1),  # 10×10 → 5×5
-    'conv10_1': (256, 128, 1, 1, 0), 'conv10_2': (128, 256, 3, 1, 0),  # 5×5 → 3×3
-    'conv11_1': (256, 128, 1, 1, 0), 'conv11_2': (128, 256, 3, 1, 0),  # 3×3 → 1×1
-}
+# Where torchvision's vgg16 keeps its thirteen convolutions, in the order in which VGGBase has them.
+VGG16_PLACES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 
 
 class VGGBase(nn.Module):
@@ -60,61 +58,92 @@ class VGGBase(nn.Module):
 
     def __init__(self):
         super().__init__()
-        in_channels = 3
-        for block, (n_convs, channels) in enumerate(VGG_BLOCKS, 1):
-            for i in range(1, n_convs + 1):
-                self.add_module(f'conv{block}_{i}', nn.Conv2d(in_channels, channels, kernel_size=3, padding=1))
-                in_channels = channels
-        # fc6 and fc7 as convolutions. conv6 keeps 3×3 of fc6's 7×7 values and is dilated ("atrous") to see as far
-        # as before; by 6 instead of 3, because pool5 no longer halves the map.
+        self.conv1_1 = nn.Conv2d(3, 64, kernel_size=3, padding=1)
+        self.conv1_2 = nn.Conv2d(64, 64, kernel_size=3, padding=1)
+
+        self.conv2_1 = nn.Conv2d(64, 128, kernel_size=3, padding=1)
+        self.conv2_2 = nn.Conv2d(128, 128, kernel_size=3, padding=1)
+
+        self.conv3_1 = nn.Conv2d(128, 256, kernel_size=3, padding=1)
+        self.conv3_2 = nn.Conv2d(256, 256, kernel_size=3, padding=1)
+        self.conv3_3 = nn.Conv2d(256, 256, kernel_size=3, padding=1)
+
+        self.conv4_1 = nn.Conv2d(256, 512, kernel_size=3, padding=1)
+        self.conv4_2 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
+        self.conv4_3 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
+
+        self.conv5_1 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
+        self.conv5_2 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
+        self.conv5_3 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
+
+        # fc6 and fc7 as convolutions. conv6 keeps 3×3 of fc6's 7×7 values, 3 apart; and as pool5 no
+        # longer halves the map, everything lies twice as far apart as before: a dilation of 3 · 2.
         self.conv6 = nn.Conv2d(512, 1024, kernel_size=3, padding=6, dilation=6)
         self.conv7 = nn.Conv2d(1024, 1024, kernel_size=1)
 
-        # Thirteen layers deep without normalisation, only variance-preserving weights let a signal through: He
-        # initialisation, for training without load_pretrained_layers().
+        # For training without load_pretrained_layers(): fifteen layers deep without normalization,
+        # only weights that preserve the variance (He initialization) let a signal through.
         for conv in self.children():
             nn.init.kaiming_normal_(conv.weight, nonlinearity='relu')
             nn.init.zeros_(conv.bias)
 
     def forward(self, image):
         """image (N, 3, 300, 300) → feature maps conv4_3 (N, 512, 38, 38), conv7 (N, 1024, 19, 19)"""
-        out = image
-        for block, (n_convs, _) in enumerate(VGG_BLOCKS, 1):
-            for i in range(1, n_convs + 1):
-                out = F.relu(getattr(self, f'conv{block}_{i}')(out))
-            if block == 4:
-                conv4_3 = out  # (N, 512, 38, 38)
-            if block == 5:
-                out = F.max_pool2d(out, kernel_size=3, stride=1, padding=1)  # pool5: smooths, doesn't halve
-            else:
-                # The sides go 300, 150, 75, 38, 19: ceil_mode rounds 75 / 2 up at pool3.
-                out = F.max_pool2d(out, kernel_size=2, stride=2, ceil_mode=True)
+        out = F.relu(self.conv1_1(image))  # (N, 64, 300, 300)
+        out = F.relu(self.conv1_2(out))  # (N, 64, 300, 300)
+        out = F.max_pool2d(out, kernel_size=2)  # (N, 64, 150, 150)
+
+        out = F.relu(self.conv2_1(out))  # (N, 128, 150, 150)
+        out = F.relu(self.conv2_2(out))  # (N, 128, 150, 150)
+        out = F.max_pool2d(out, kernel_size=2)  # (N, 128, 75, 75)
+
+        out = F.relu(self.conv3_1(out))  # (N, 256, 75, 75)
+        out = F.relu(self.conv3_2(out))  # (N, 256, 75, 75)
+        out = F.relu(self.conv3_3(out))  # (N, 256, 75, 75)
+        out = F.max_pool2d(out, kernel_size=2, ceil_mode=True)  # (N, 256, 38, 38): 75 / 2 rounded up
+
+        out = F.relu(self.conv4_1(out))  # (N, 512, 38, 38)
+        out = F.relu(self.conv4_2(out))  # (N, 512, 38, 38)
+        conv4_3 = F.relu(self.conv4_3(out))  # (N, 512, 38, 38)
+        out = F.max_pool2d(conv4_3, kernel_size=2)  # (N, 512, 19, 19)
+
+        out = F.relu(self.conv5_1(out))  # (N, 512, 19, 19)
+        out = F.relu(self.conv5_2(out))  # (N, 512, 19, 19)
+        out = F.relu(self.conv5_3(out))  # (N, 512, 19, 19)
+        out = F.max_pool2d(out, kernel_size=3, stride=1, padding=1)  # (N, 512, 19, 19): not halved
+
         out = F.relu(self.conv6(out))  # (N, 1024, 19, 19)
         conv7 = F.relu(self.conv7(out))  # (N, 1024, 19, 19)
         return conv4_3, conv7
 
     def load_pretrained_layers(self):
-        """Takes over the weights of torchvision's VGG-16, trained on ImageNet (a download of 528 MB, once).
+        """Takes over torchvision's VGG-16, trained on ImageNet (a download of 528 MB, once).
 
-        fc6 (4096, 25088) is reshaped to the convolution (4096, 512, 7, 7) that it is and decimated to conv6
-        (1024, 512, 3, 3); fc7 (4096, 4096) likewise to conv7 (1024, 1024, 1, 1).
+        fc6 (4096, 25088) is reshaped to the convolution (4096, 512, 7, 7) that it is and decimated to
+        conv6 (1024, 512, 3, 3); fc7 (4096, 4096) likewise to conv7 (1024, 1024, 1, 1). Raises
+        InputError if the weights can't be had.
         """
-        pretrained = download_weights(VGG16_Weights.IMAGENET1K_V1, 'train with --no-pretrained')
-        layers = list(pretrained.values())  # weight and bias of each convolution in turn, then of fc6, fc7, fc8
-        fc6_weight, fc6_bias, fc7_weight, fc7_bias = layers[26:30]
-        layers[26:] = [decimate(fc6_weight.view(4096, 512, 7, 7), m=(4, None, 3, 3)), decimate(fc6_bias, m=(4,)),
-                       decimate(fc7_weight.view(4096, 4096, 1, 1), m=(4, 4, None, None)), decimate(fc7_bias, m=(4,))]
-        self.load_state_dict(dict(zip(self.state_dict(), layers, strict=True)))
+        vgg16 = download_weights(VGG16_Weights.IMAGENET1K_V1, 'train with --no-pretrained')
+        weights = {}
+        names = [name for name, _ in self.named_children() if name not in ('conv6', 'conv7')]
+        for name, place in zip(names, VGG16_PLACES, strict=True):
+            weights[f'{name}.weight'] = vgg16[f'features.{place}.weight']
+            weights[f'{name}.bias'] = vgg16[f'features.{place}.bias']
 
+        fc6 = vgg16['classifier.0.weight'].view(4096, 512, 7, 7)
+        weights['conv6.weight'] = decimate(fc6, m=(4, None, 3, 3))  # (1024, 512, 3, 3)
+        weights['conv6.bias'] = decimate(vgg16['classifier.0.bias'], m=(4,))  # (1024)
+        fc7 = vgg16['classifier.3.weight'].view(4096, 4096, 1, 1)
+        weights['conv7.weight'] = decimate(fc7, m=(4, 4, None, None))  # (1024, 1024, 1, 1)
+        weights['conv7.bias'] = decimate(vgg16['classifier.3.bias'], m=(4,))  # (1024)
+        self.load_state_dict(weights)
 
-def download_weights(source, instead) -> dict:
-    """The state dict of some of torchvision's pretrained weights, downloaded once. Raises InputError, telling what to
-    do instead, if that fails."""
-    try:
-        return source.get_state_dict(progress=True, check_hash=True, map_location='cpu', weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f'{source.url} can\'t be downloaded ({error}): {instead}, or put that file into '
-                         f'{torch.hub.get_dir()}/checkpoints') from None
+    def freeze_blocks(self, n_blocks):
+        """Keeps the weights of the first blocks (conv1_*, conv2_*, …) as they are. Autograd then doesn't
+        even record these layers: a step takes less time and memory."""
+        for name, parameter in self.named_parameters():
+            if int(name[len('conv')]) <= n_blocks:
+                parameter.requires_grad_(False)
 
 
 class AuxiliaryConvolutions(nn.Module):
@@ -122,33 +151,49 @@ class AuxiliaryConvolutions(nn.Module):
 
     def __init__(self):
         super().__init__()
-        for name, (in_channels, out_channels, kernel_size, stride, padding) in AUXILIARY_LAYERS.items():
-            self.add_module(name, nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding))
+        self.conv8_1 = nn.Conv2d(1024, 256, kernel_size=1)
+        self.conv8_2 = nn.Conv2d(256, 512, kernel_size=3, stride=2, padding=1)
+
+        self.conv9_1 = nn.Conv2d(512, 128, kernel_size=1)
+        self.conv9_2 = nn.Conv2d(128, 256, kernel_size=3, stride=2, padding=1)
+
+        self.conv10_1 = nn.Conv2d(256, 128, kernel_size=1)
+        self.conv10_2 = nn.Conv2d(128, 256, kernel_size=3)
+
+        self.conv11_1 = nn.Conv2d(256, 128, kernel_size=1)
+        self.conv11_2 = nn.Conv2d(128, 256, kernel_size=3)
         init_xavier(self)
 
     def forward(self, conv7):
         """conv7 (N, 1024, 19, 19) → feature maps conv8_2 (N, 512, 10, 10), conv9_2 (N, 256, 5, 5),
         conv10_2 (N, 256, 3, 3), conv11_2 (N, 256, 1, 1)"""
-        out, feature_maps = conv7, []
-        for name in AUXILIARY_LAYERS:
-            out = F.relu(getattr(self, name)(out))
-            if name.endswith('_2'):
-                feature_maps.append(out)
-        return tuple(feature_maps)
+        out = F.relu(self.conv8_1(conv7))  # (N, 256, 19, 19)
+        conv8_2 = F.relu(self.conv8_2(out))  # (N, 512, 10, 10)
+
+        out = F.relu(self.conv9_1(conv8_2))  # (N, 128, 10, 10)
+        conv9_2 = F.relu(self.conv9_2(out))  # (N, 256, 5, 5)
+
+        out = F.relu(self.conv10_1(conv9_2))  # (N, 128, 5, 5)
+        conv10_2 = F.relu(self.conv10_2(out))  # (N, 256, 3, 3)
+
+        out = F.relu(self.conv11_1(conv10_2))  # (N, 128, 3, 3)
+        conv11_2 = F.relu(self.conv11_2(out))  # (N, 256, 1, 1)
+        return conv8_2, conv9_2, conv10_2, conv11_2
 
 
 class PredictionConvolutions(nn.Module):
-    """Two 3×3 convolutions per feature map: one predicts, for each prior at each position, the four offsets of
-    the object's box from the prior, the other the scores of the classes."""
+    """Two 3×3 convolutions per feature map: one predicts, for each prior at each position, the four
+    offsets of the object's box from the prior, the other the scores of the classes."""
 
     def __init__(self, n_classes):
         super().__init__()
         self.n_classes = n_classes
         for feature_map in FEATURE_MAPS:
-            channels, n_priors = feature_map.channels, feature_map.n_priors
-            self.add_module(f'loc_{feature_map.name}', nn.Conv2d(channels, n_priors * 4, kernel_size=3, padding=1))
-            self.add_module(f'cl_{feature_map.name}',
-                            nn.Conv2d(channels, n_priors * n_classes, kernel_size=3, padding=1))
+            name, channels, n_priors = feature_map.name, feature_map.channels, feature_map.n_priors
+            loc = nn.Conv2d(channels, n_priors * 4, kernel_size=3, padding=1)
+            cl = nn.Conv2d(channels, n_priors * n_classes, kernel_size=3, padding=1)
+            self.add_module(f'loc_{name}', loc)
+            self.add_module(f'cl_{name}', cl)
         init_xavier(self)
 
     def forward(self, *features):
@@ -157,10 +202,12 @@ class PredictionConvolutions(nn.Module):
         for feature_map, feature in zip(FEATURE_MAPS, features, strict=True):
             loc = getattr(self, f'loc_{feature_map.name}')(feature)  # (N, n_priors · 4, grid, grid)
             score = getattr(self, f'cl_{feature_map.name}')(feature)  # (N, n_priors · n_classes, grid, grid)
-            # Channels last, so that flattening walks row by row, position by position, prior by prior: the
-            # order in which create_prior_boxes() makes the priors.
-            locs.append(loc.permute(0, 2, 3, 1).reshape(loc.shape[0], -1, 4))
-            scores.append(score.permute(0, 2, 3, 1).reshape(score.shape[0], -1, self.n_classes))
+            # Channels last, so that flattening walks row by row, position by position, prior by prior:
+            # the order in which create_prior_boxes() makes the priors.
+            loc = loc.permute(0, 2, 3, 1)  # (N, grid, grid, n_priors · 4)
+            score = score.permute(0, 2, 3, 1)  # (N, grid, grid, n_priors · n_classes)
+            locs.append(loc.reshape(len(loc), -1, 4))  # (N, grid² · n_priors, 4)
+            scores.append(score.reshape(len(score), -1, self.n_classes))
         return torch.cat(locs, dim=1), torch.cat(scores, dim=1)
 
 
@@ -174,8 +221,8 @@ def init_xavier(module):
 class SSD300(nn.Module):
     """The whole network: base, auxiliary and prediction convolutions."""
 
-    # How images are normalised for it, and whether predicted boxes are cut at the image's edges before non-maximum
-    # suppression. `load_coco_model` sets them otherwise, on its own network.
+    # How images are normalized for it, and whether predicted boxes are cut at the image's edges.
+    # Networks that come from elsewhere have values of their own.
     image_mean, image_std, clip_boxes = IMAGENET_MEAN, IMAGENET_STD, False
 
     def __init__(self, n_classes):
@@ -185,44 +232,53 @@ class SSD300(nn.Module):
         self.base = VGGBase()
         self.aux_convs = AuxiliaryConvolutions()
         self.pred_convs = PredictionConvolutions(n_classes)
-        # Lower features have larger values; conv4_3 is brought to length 1 at each position, then each channel to
-        # a scale that is learned, from 20 on (paper, section 3.1).
+        # conv4_3 has values on another scale than the maps above it. So it is brought to length 1 at each
+        # position, then each channel to a scale that is learned, from 20 on (paper, section 3.1).
         self.rescale_factors = nn.Parameter(torch.full((1, 512, 1, 1), 20.0))
-        # A buffer moves with the network to any device; it isn't saved, since it follows from FEATURE_MAPS.
+        # A buffer moves with the network to any device. Saving it in the state dict would add a 72nd
+        # tensor to the 71 that published weights have.
         self.register_buffer('priors_cxcy', self.create_prior_boxes(), persistent=False)
 
     def forward(self, images):
-        """images (N, 3, 300, 300) → locs (N, 8732, 4), offsets from the priors; scores (N, 8732, n_classes), before
-        softmax. Raises ValueError for images of another shape."""
+        """images (N, 3, 300, 300) → locs (N, 8732, 4), offsets from the priors; scores
+        (N, 8732, n_classes), before softmax. Raises ValueError for images of another shape."""
         if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
-            raise ValueError(f'images must be of shape (N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), not {tuple(images.shape)}')
+            raise ValueError(f'images must be of shape (N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), '
+                             f'not {tuple(images.shape)}')
         conv4_3, conv7 = self.base(images)  # (N, 512, 38, 38), (N, 1024, 19, 19)
         # In float32, whatever autocast does: a sum of 512 squares needs it. normalize() never divides by 0.
         rescaled = F.normalize(conv4_3.float(), dim=1) * self.rescale_factors  # (N, 512, 38, 38)
         return self.pred_convs(rescaled, conv7, *self.aux_convs(conv7))
 
     def create_prior_boxes(self):
-        """The 8732 priors in center-size coordinates (8732, 4): map by map, row by row, position by position; at
-        each position the ratio 1, the extra prior, then the other ratios."""
+        """The 8732 priors in fractional center-size coordinates (8732, 4) (paper, section 2.2): map by
+        map, row by row, position by position; at each position the ratio 1, the extra prior, then the
+        other ratios."""
         priors = []
-        next_scales = [feature_map.scale for feature_map in FEATURE_MAPS[1:]] + [1.0]
-        for feature_map, next_scale in zip(FEATURE_MAPS, next_scales):
+        for i, (_, _, grid, scale, ratios) in enumerate(FEATURE_MAPS):
+            # The extra prior is a square between this scale and the next. The last map has no next one:
+            # the tutorial's code, and so its published weights, take 1.0 there.
+            extra = sqrt(scale * FEATURE_MAPS[i + 1].scale) if i + 1 < len(FEATURE_MAPS) else 1.0
             # A prior of scale s and ratio a is s·√a wide and s/√a high: its area is s² whatever its ratio.
-            scale, grid = feature_map.scale, feature_map.grid
-            sizes = [(scale * ratio ** 0.5, scale / ratio ** 0.5) for ratio in feature_map.ratios]
-            sizes.insert(1, ((scale * next_scale) ** 0.5,) * 2)  # the extra prior, between this scale and the next
-            sizes = torch.tensor(sizes)  # (n_priors, 2)
-
-            center = (torch.arange(grid) + 0.5) / grid  # (grid): the middles of the tiles
-            c_y, c_x = torch.meshgrid(center, center, indexing='ij')  # (grid, grid) each, row by row
-            centers = torch.stack((c_x, c_y), dim=-1).view(-1, 1, 2)  # (grid², 1, 2)
-            shape = (grid ** 2, feature_map.n_priors, 2)
-            priors.append(torch.cat((centers.expand(shape), sizes.expand(shape)), dim=-1).view(-1, 4))
-        priors = torch.cat(priors)  # (8732, 4)
-        # No prior is larger than the image: this cuts 20 of them, on the two uppermost maps. 2740 overshoot an edge
-        # of the image and are left so, other than in the paper (README, "Where this differs").
+            sizes = [(scale * sqrt(ratio), scale / sqrt(ratio)) for ratio in ratios]
+            sizes.insert(1, (extra, extra))
+            for row in range(grid):
+                for column in range(grid):
+                    c_x, c_y = (column + 0.5) / grid, (row + 0.5) / grid  # the middle of the tile
+                    priors += [(c_x, c_y, w, h) for w, h in sizes]
+        priors = torch.tensor(priors)  # (8732, 4)
+        # No prior is wider or higher than the image: this cuts 20 of them, on the two uppermost maps, as the
+        # tutorial's code does. 2740 overshoot an edge of the image and stay so, as in the Caffe code.
         priors[:, 2:].clamp_(max=1)
         return priors
+
+    def decode(self, predicted_locs, predicted_scores):
+        """The network's output (N, 8732, 4), (N, 8732, n_classes) as boxes in fractional boundary coordinates
+        (N, 8732, 4) and probabilities of the classes (N, 8732, n_classes)."""
+        boxes = cxcy_to_xy(gcxgcy_to_cxcy(predicted_locs.float(), self.priors_cxcy))  # (N, 8732, 4)
+        if self.clip_boxes:
+            boxes = boxes.clamp(0, 1)
+        return boxes, predicted_scores.float().softmax(dim=2)
 
     def detect_objects(self, predicted_locs, predicted_scores, min_score, max_overlap, top_k):
         """Turns the network's output into objects.
@@ -232,53 +288,171 @@ class SSD300(nn.Module):
         :param min_score: only candidates with a greater score count
         :param max_overlap: two boxes of one class that overlap by more than this are one object
         :param top_k: at most this many objects per image, the best ones
-        :return: three lists with a tensor per image, by falling score: boxes in fractional boundary coordinates
-            (n, 4), labels (n), scores (n); n is 0 if there is no object
+        :return: three lists with a tensor per image, by falling score: boxes in fractional boundary
+            coordinates (n, 4), labels (n), scores (n); n is 0 if there is no object
         """
-        n_priors = len(self.priors_cxcy)
-        if predicted_locs.shape[1] != n_priors or predicted_scores.shape[1] != n_priors:
-            raise ValueError(f'there are {n_priors} priors, but predictions of shape {tuple(predicted_locs.shape)} and '
-                             f'{tuple(predicted_scores.shape)}')
-        all_boxes = cxcy_to_xy(gcxgcy_to_cxcy(predicted_locs.float(), self.priors_cxcy))  # (N, 8732, 4)
-        if self.clip_boxes:
-            all_boxes = all_boxes.clamp(0, 1)
-        all_scores = predicted_scores.float().softmax(dim=2)[:, :, 1:]  # (N, 8732, n_classes − 1)
-
-        detections = [self._detect(boxes, scores, min_score, max_overlap, top_k)
-                      for boxes, scores in zip(all_boxes, all_scores)]
+        boxes, probabilities = self.decode(predicted_locs, predicted_scores)
+        detections = [suppress_duplicates(image_boxes, class_scores, min_score, max_overlap, top_k)
+                      for image_boxes, class_scores in zip(boxes, probabilities[:, :, 1:])]
         boxes, labels, scores = zip(*detections) if detections else ((), (), ())
         return list(boxes), list(labels), list(scores)
 
-    def _detect(self, boxes, class_scores, min_score, max_overlap, top_k):
-        """Non-maximum suppression for one image: boxes (8732, 4), class_scores (8732, n_classes − 1)."""
-        # Each pair of prior and class above min_score is a candidate; a prior may be one for several classes.
-        priors, labels = (class_scores > min_score).nonzero(as_tuple=True)  # (n_candidates)
-        scores, labels = class_scores[priors, labels], labels + 1  # (n_candidates): labels count from 1
 
-        # batched_nms keeps classes apart by shifting each to a place of its own. In float32, the shift would cost
-        # coordinates their last digits; and it is far enough only if no coordinate is negative.
-        shifted = boxes.double() - boxes.min().double()  # (8732, 4)
+# --------------------------------------------------------------------------------------------- loss
 
-        # Whether a candidate stays depends on those with higher scores alone. So the best few thousand are enough
-        # if they leave top_k objects; early in training, there are 90,000 candidates. The result is the same.
-        n = 2000
-        while True:
-            best = best_first(scores, n)  # (n_best)
-            kept = batched_nms(shifted[priors[best]], scores[best].double(), labels[best], max_overlap)
-            if len(kept) >= top_k or len(best) == len(scores):
-                kept = best[kept.sort().values[:top_k]]  # sorted places among the best are sorted by score, too
-                return boxes[priors[kept]], labels[kept], scores[kept]
-            n *= 2
+class MultiBoxLoss(nn.Module):
+    """The loss of SSD: of the boxes (localization) and of the classes (confidence), paper, section 2.2."""
+
+    def __init__(self, priors_cxcy, threshold=0.5, neg_pos_ratio=3, alpha=1.0, localization='smooth_l1'):
+        """
+        :param priors_cxcy: priors in center-size coordinates (8732, 4)
+        :param threshold: a prior is positive if it overlaps at least so much with an object
+        :param neg_pos_ratio: hard negatives per positive prior
+        :param alpha: weight of the localization loss
+        :param localization: 'smooth_l1' as in the paper, or 'l1', with which the tutorial's published
+            weights were trained by mistake
+        """
+        super().__init__()
+        if localization not in ('smooth_l1', 'l1'):
+            raise ValueError(f"localization must be 'smooth_l1' or 'l1', not {localization!r}")
+        self.threshold, self.neg_pos_ratio, self.alpha = threshold, neg_pos_ratio, alpha
+        self.localization_loss = F.smooth_l1_loss if localization == 'smooth_l1' else F.l1_loss
+        self.register_buffer('priors_cxcy', priors_cxcy, persistent=False)
+        self.register_buffer('priors_xy', cxcy_to_xy(priors_cxcy), persistent=False)
+
+    def forward(self, predicted_locs, predicted_scores, boxes, labels):
+        """
+        :param predicted_locs: (N, 8732, 4), offsets from the priors
+        :param predicted_scores: (N, 8732, n_classes), before softmax
+        :param boxes: list of N tensors: objects in fractional boundary coordinates (n_objects, 4); none
+            is (0, 4)
+        :param labels: list of N tensors: their classes (n_objects)
+        :return: the loss, a scalar; without a single positive prior in the batch it is 0. Its parts,
+            confidence and localization, are left in `self.parts` (2), without gradient.
+        """
+        predicted_locs, predicted_scores = predicted_locs.float(), predicted_scores.float()  # after autocast
+        true_boxes, true_classes = self.match(boxes, labels)  # (N, 8732, 4), (N, 8732)
+        positive = true_classes > 0  # (N, 8732)
+        n_positives = positive.sum(dim=1)  # (N)
+        n_positives_in_batch = mean_over_processes(n_positives.sum())
+
+        # Localization: positive priors only, since no box would be right around nothing. This is the mean
+        # over all 4 · n_positives values, a quarter of the paper's loss, which adds up the four: the
+        # published weights were trained with the mean.
+        true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), self.priors_cxcy)  # (N, 8732, 4)
+        loc_loss = self.localization_loss(predicted_locs, true_locs, reduction='none').sum(dim=2)  # (N, 8732)
+        loc_loss = torch.where(positive, loc_loss, 0).sum() / (4 * n_positives_in_batch)
+
+        # Confidence: positive priors and, in each image, three times as many negative ones. With all the
+        # thousands of them, answering "background" everywhere would cost almost nothing; the hardest,
+        # those with the highest loss, are where there is something to learn.
+        conf_loss = F.cross_entropy(predicted_scores.flatten(0, 1), true_classes.flatten(), reduction='none')
+        conf_loss = conf_loss.view(positive.shape)  # (N, 8732)
+        negative_losses = torch.where(positive, 0, conf_loss).sort(dim=1, descending=True).values  # (N, 8732)
+        rank = torch.arange(negative_losses.shape[1], device=negative_losses.device)  # (8732)
+        hard = rank < self.neg_pos_ratio * n_positives[:, None]  # (N, 8732)
+        conf_loss = (torch.where(positive, conf_loss, 0).sum()
+                     + torch.where(hard, negative_losses, 0).sum()) / n_positives_in_batch
+
+        self.parts = torch.stack((conf_loss, loc_loss)).detach()
+        return conf_loss + self.alpha * loc_loss
+
+    @torch.no_grad()
+    def match(self, boxes, labels):
+        """Assigns an object or the background to each prior, for all images at once.
+
+        :return: the boxes of the priors' objects (N, 8732, 4) in fractional boundary coordinates, the
+            prior itself where it has none; the classes (N, 8732), background 0
+        """
+        # The images' objects side by side. Shorter lists end in objects of class 0, which are none; one
+        # more of these for every image, so that there is something to choose from without any object.
+        object_boxes = F.pad(pad_sequence(boxes, batch_first=True), (0, 0, 0, 1))  # (N, max_objects, 4)
+        object_classes = F.pad(pad_sequence(labels, batch_first=True), (0, 1))  # (N, max_objects)
+        is_object = object_classes > 0  # (N, max_objects)
+
+        # 1. The Jaccard overlap of each object with each prior.
+        overlap = find_jaccard_overlap(object_boxes, self.priors_xy)  # (N, max_objects, 8732)
+
+        # 2. Each prior's match is the object that it overlaps most.
+        overlap_for_each_prior, object_for_each_prior = overlap.max(dim=1)  # (N, 8732)
+
+        # 5. Each object claims the prior that it overlaps most, whatever their overlap: it might be the best
+        #    one of no prior at all, or of none above the threshold. If two claim the same prior, the later
+        #    one in the list gets it. (Before rules 3 and 4, since it overrides them.)
+        prior_for_each_object = overlap.argmax(dim=2)  # (N, max_objects)
+        number = torch.arange(object_classes.shape[1], device=overlap.device)  # (max_objects)
+        claimed_by = torch.full_like(object_for_each_prior, -1)  # (N, 8732)
+        claimed_by.scatter_reduce_(1, prior_for_each_object, torch.where(is_object, number, -1), 'amax')
+        claimed = claimed_by >= 0  # (N, 8732)
+        object_for_each_prior = torch.where(claimed, claimed_by, object_for_each_prior)
+
+        # 3. and 4. Below the threshold a prior is negative, its class the background; otherwise positive:
+        #           it has the class and the box of its object.
+        positive = claimed | (overlap_for_each_prior >= self.threshold)  # (N, 8732)
+        true_classes = torch.where(positive, object_classes.gather(1, object_for_each_prior), 0)  # (N, 8732)
+        box_numbers = object_for_each_prior[:, :, None].expand(-1, -1, 4)  # (N, 8732, 4)
+        true_boxes = torch.where(positive[:, :, None], object_boxes.gather(1, box_numbers), self.priors_xy)
+        return true_boxes, true_classes
+
+
+def mean_over_processes(count):
+    """A count, averaged over the training processes, each of which has a part of the batch; at least 1 in
+    all of them together, since a batch without objects must give 0, not 0 / 0.
+
+    DistributedDataParallel averages the processes' gradients. Divided by the average number of positives,
+    they add up to the gradient of the whole batch.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return count.clamp(min=1)
+    distributed.all_reduce(count)
+    return count.clamp(min=1) / distributed.get_world_size()
+
+
+# ---------------------------------------------------------------------------------------- detection
+
+def suppress_duplicates(boxes, class_scores, min_score, max_overlap, top_k):
+    """Non-maximum suppression for one image: boxes (8732, 4) in boundary coordinates, class_scores
+    (8732, n_classes − 1) without the background's. Arguments and result otherwise as in `detect_objects`."""
+    # Each pair of prior and class above min_score is a candidate; a prior may be one for several classes.
+    priors, labels = (class_scores > min_score).nonzero(as_tuple=True)  # (n_candidates)
+    scores, labels = class_scores[priors, labels], labels + 1  # (n_candidates): labels count from 1
+
+    # batched_nms keeps classes apart by shifting each to a place of its own. In float32, the shift would
+    # cost coordinates their last digits; and it is far enough only if no coordinate is negative.
+    shifted = boxes.double() - boxes.min().double()  # (8732, 4)
+
+    # Whether a candidate stays depends on those with higher scores alone. So the best few thousand are
+    # enough if they leave top_k objects; early in training, there are 90,000. The result is the same.
+    n = 2000
+    while True:
+        best = best_first(scores, n)  # (n_best)
+        kept = batched_nms(shifted[priors[best]], scores[best].double(), labels[best], max_overlap)
+        if len(kept) >= top_k or len(best) == len(scores):
+            kept = best[kept.sort().values[:top_k]]  # sorted places among the best are sorted by score, too
+            return boxes[priors[kept]], labels[kept], scores[kept]
+        n *= 2
 
 
 def best_first(scores, n):
-    """The places of the n highest of some scores, by falling score, equal ones by place. All that equal the n-th are
-    there as well, so that chance doesn't choose among them."""
+    """The places of the n highest of some scores, by falling score, equal ones by place. All that equal the
+    n-th are there as well, so that chance doesn't choose among them."""
     if n >= len(scores):
         return scores.argsort(descending=True, stable=True)
     # Looking for the n-th takes far less time than sorting everything.
     best, = (scores >= scores.topk(n).values[-1]).nonzero(as_tuple=True)
     return best[scores[best].argsort(descending=True, stable=True)]
+
+
+# ------------------------------------------------------------------------------ weights from elsewhere
+
+def download_weights(source, instead) -> dict:
+    """The state dict of some of torchvision's pretrained weights, downloaded once. Raises InputError, telling what to
+    do instead, if that fails."""
+    try:
+        return source.get_state_dict(progress=True, check_hash=True, map_location='cpu', weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f'{source.url} can\'t be downloaded ({error}): {instead}, or put that file into '
+                         f'{torch.hub.get_dir()}/checkpoints') from None
 
 
 def load_model(checkpoint_path) -> tuple[SSD300, dict[str, int]]:
@@ -354,107 +528,3 @@ def from_torchvision(state_dict) -> SSD300:
     model.priors_cxcy = torch.cat(priors)  # (8732, 4)
     model.image_mean, model.image_std, model.clip_boxes = [0.48235, 0.45882, 0.40784], [1 / 255] * 3, True
     return model
-
-
-class MultiBoxLoss(nn.Module):
-    """The loss of SSD: of the boxes (localisation) and of the classes (confidence), paper, section 2.2.
-
-    All images of the batch are matched at once, and nothing is brought back from a GPU: the number of operations
-    doesn't grow with the batch.
-    """
-
-    def __init__(self, priors_cxcy, threshold=0.5, neg_pos_ratio=3, alpha=1.0, localization='smooth_l1'):
-        """
-        :param priors_cxcy: priors in center-size coordinates (8732, 4)
-        :param threshold: a prior is positive if it overlaps at least so much with an object
-        :param neg_pos_ratio: hard negatives per positive prior
-        :param alpha: weight of the localisation loss
-        :param localization: 'smooth_l1' as in the paper, or 'l1', with which the tutorial's published weights were
-            trained by mistake
-        """
-        super().__init__()
-        if localization not in ('smooth_l1', 'l1'):
-            raise ValueError(f"localization must be 'smooth_l1' or 'l1', not {localization!r}")
-        self.threshold, self.neg_pos_ratio, self.alpha = threshold, neg_pos_ratio, alpha
-        self.localization_loss = F.smooth_l1_loss if localization == 'smooth_l1' else F.l1_loss
-        self.register_buffer('priors_cxcy', priors_cxcy, persistent=False)
-        self.register_buffer('priors_xy', cxcy_to_xy(priors_cxcy), persistent=False)
-
-    def forward(self, predicted_locs, predicted_scores, boxes, labels):
-        """
-        :param predicted_locs: (N, 8732, 4), offsets from the priors
-        :param predicted_scores: (N, 8732, n_classes), before softmax
-        :param boxes: list of N tensors: objects in fractional boundary coordinates (n_objects, 4); none is (0, 4)
-        :param labels: list of N tensors: their classes (n_objects)
-        :return: the loss, a scalar; without a single positive prior in the batch it is 0. Its parts, confidence and
-            localisation, are left in `self.parts` (2), without gradient.
-        """
-        predicted_locs, predicted_scores = predicted_locs.float(), predicted_scores.float()  # autocast gives less
-        true_boxes, true_classes = self.match(boxes, labels)  # (N, 8732, 4), (N, 8732)
-        positive = true_classes > 0  # (N, 8732)
-        n_positives = positive.sum(dim=1)  # (N)
-        n_positives_in_batch, n_processes = n_positives.sum(), 1
-        if distributed.is_available() and distributed.is_initialized():
-            # Each process has a part of the batch, and DistributedDataParallel averages their gradients. Divided by
-            # the average number of positives, they add up to the gradient of the whole batch.
-            distributed.all_reduce(n_positives_in_batch)
-            n_processes = distributed.get_world_size()
-        # At least 1: a batch without objects must give 0, not 0 / 0.
-        n_positives_in_batch = n_positives_in_batch.clamp(min=1) / n_processes
-
-        # Localisation: positive priors only, for what should a box around nothing be? Their loss is the mean over
-        # all 4 · n_positives values, a quarter of the paper's, which sums the four: the published weights were
-        # trained so.
-        true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), self.priors_cxcy)  # (N, 8732, 4)
-        loc_loss = self.localization_loss(predicted_locs, true_locs, reduction='none').sum(dim=2)  # (N, 8732)
-        loc_loss = torch.where(positive, loc_loss, 0).sum() / (4 * n_positives_in_batch)
-
-        # Confidence: positive priors and, in each image, three times as many of the negative ones. All thousands of
-        # them would teach the network to say "background" and nothing else; the hardest teach most.
-        conf_loss = F.cross_entropy(predicted_scores.flatten(0, 1), true_classes.flatten(), reduction='none')
-        conf_loss = conf_loss.view(positive.shape)  # (N, 8732)
-        negative_losses = torch.where(positive, 0, conf_loss).sort(dim=1, descending=True).values  # (N, 8732)
-        rank = torch.arange(negative_losses.shape[1], device=negative_losses.device)  # (8732)
-        hard = rank < self.neg_pos_ratio * n_positives[:, None]  # (N, 8732)
-        conf_loss = (torch.where(positive, conf_loss, 0).sum()
-                     + torch.where(hard, negative_losses, 0).sum()) / n_positives_in_batch
-
-        self.parts = torch.stack((conf_loss, loc_loss)).detach()
-        return conf_loss + self.alpha * loc_loss
-
-    @torch.no_grad()
-    def match(self, boxes, labels):
-        """Assigns an object or the background to each prior.
-
-        :return: the boxes of the priors' objects (N, 8732, 4) in fractional boundary coordinates, without meaning
-            where the class is background; the classes (N, 8732), background 0
-        """
-        # The images' objects side by side, padded to the largest number of them: M. Padding overlaps with nothing.
-        counts = [len(image_boxes) for image_boxes in boxes]
-        n_images, most, device = len(boxes), max([*counts, 1]), self.priors_xy.device
-        slot = torch.tensor([i * most + j for i, count in enumerate(counts) for j in range(count)],
-                            dtype=torch.long).to(device, non_blocking=True)
-        # A padding box is the whole image, so that its offsets, though never used, are finite.
-        object_boxes = self.priors_xy.new_tensor([0, 0, 1, 1]).repeat(n_images * most, 1)
-        object_boxes = object_boxes.index_copy(0, slot, torch.cat(boxes)).view(n_images, most, 4)  # (N, M, 4)
-        object_classes = torch.zeros(n_images * most, dtype=torch.long, device=device)
-        object_classes = object_classes.index_copy(0, slot, torch.cat(labels)).view(n_images, most)  # (N, M)
-
-        overlap = find_jaccard_overlap(object_boxes, self.priors_xy)  # (N, M, 8732)
-        overlap = overlap.masked_fill(object_classes[:, :, None] == 0, 0)
-        overlap_for_each_prior, object_for_each_prior = overlap.max(dim=1)  # (N, 8732)
-        prior_for_each_object = overlap.argmax(dim=2)  # (N, M)
-
-        # An object may be the best one of no prior at all, or of none above the threshold. So each object claims the
-        # prior that fits it best, whatever their overlap; if two claim the same one, the later in the list has it.
-        claimant = torch.where(object_classes > 0, torch.arange(most, device=device), -1)  # (N, M)
-        claimed_by = torch.full_like(object_for_each_prior, -1)
-        claimed_by = claimed_by.scatter_reduce(1, prior_for_each_object, claimant, 'amax')  # (N, 8732)
-        claimed = claimed_by >= 0
-        object_for_each_prior = torch.where(claimed, claimed_by, object_for_each_prior)
-        overlap_for_each_prior = torch.where(claimed, 1.0, overlap_for_each_prior)
-
-        true_classes = object_classes.gather(1, object_for_each_prior)  # (N, 8732)
-        true_classes = torch.where(overlap_for_each_prior < self.threshold, 0, true_classes)
-        true_boxes = object_boxes.gather(1, object_for_each_prior[:, :, None].expand(-1, -1, 4))  # (N, 8732, 4)
-        return true_boxes, true_classes

@@ -33,7 +33,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import torch
-import torchvision.transforms.v2.functional as F
+import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageOps
 from torch import distributed
 from tqdm import tqdm
@@ -96,10 +96,17 @@ def cxcy_to_gcxgcy(cxcy, priors_cxcy):
                       torch.log(cxcy[..., 2:] / priors_cxcy[..., 2:]) * 5), dim=-1)  # g_w, g_h
 
 
+# The largest log(w / ŵ) that is decoded, as in torchvision: 62.5 times the prior, far beyond any image. Without a
+# limit, exp() would let one wild prediction grow beyond what floating-point numbers can hold.
+MAX_LOG_RATIO = math.log(1000 / 16)
+
+
 def gcxgcy_to_cxcy(gcxgcy, priors_cxcy):
-    """The inverse of `cxcy_to_gcxgcy`: offsets (…, 4) back to center-size coordinates (…, 4)."""
+    """The inverse of `cxcy_to_gcxgcy`: offsets (…, 4) back to center-size coordinates (…, 4). No box gets
+    more than 62.5 times as wide or high as its prior."""
+    log_ratio = (gcxgcy[..., 2:] / 5).clamp(max=MAX_LOG_RATIO)
     return torch.cat((gcxgcy[..., :2] * priors_cxcy[..., 2:] / 10 + priors_cxcy[..., :2],  # c_x, c_y
-                      torch.exp(gcxgcy[..., 2:] / 5) * priors_cxcy[..., 2:]), dim=-1)  # w, h
+                      torch.exp(log_ratio) * priors_cxcy[..., 2:]), dim=-1)  # w, h
 
 
 def find_intersection(set_1, set_2):
@@ -339,7 +346,7 @@ def shift_hue(image, shift):
                         low + chroma * (2 - (hue - 4).abs()).clamp(0, 1)))  # (3, height, width)
 
 
-DISTORTIONS = ((F.adjust_brightness, 0.5, 1.5), (F.adjust_contrast, 0.5, 1.5), (F.adjust_saturation, 0.5, 1.5),
+DISTORTIONS = ((TF.adjust_brightness, 0.5, 1.5), (TF.adjust_contrast, 0.5, 1.5), (TF.adjust_saturation, 0.5, 1.5),
                (shift_hue, -18 / 255, 18 / 255))  # function and range of its factor, as in the Caffe code
 
 
@@ -424,10 +431,10 @@ def look_through(image, window=None, mirror=False, distort=False, mean=IMAGENET_
     # every copy of it would be a megabyte, which takes longer to get from the system than to fill.
     canvas = torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)
     pixels = canvas[:, y1:y2, x1:x2]  # (3, y2 − y1, x2 − x1): a view of its place
-    pixels.copy_(F.pil_to_tensor(part)).div_(255)  # the same, in [0, 1]
+    pixels.copy_(TF.pil_to_tensor(part)).div_(255)  # the same, in [0, 1]
     if distort:
         photometric_distort(pixels)
-    F.normalize(pixels, mean, std, inplace=True)
+    TF.normalize(pixels, mean, std, inplace=True)
     return canvas
 
 

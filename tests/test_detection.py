@@ -234,17 +234,23 @@ def test_an_image_gives_the_same_objects_alone_and_in_a_batch():
             torch.testing.assert_close(tensors[i], tensor)
 
 
-def test_predictions_for_another_number_of_priors_are_refused_in_words():
-    detector, locs, scores = random_case(2)
-    for wrong in ((locs[:, :20], scores), (locs, scores[:, :20])):
-        with pytest.raises(ValueError, match='30 priors'):
-            detector.detect_objects(*wrong, 0.1, 0.45, 20)
-
-
 def test_a_box_far_outside_the_image_suppresses_none_of_another_class():
     far = [-40, -40, 1, 1]
     _, labels, _ = detect([far, far], [[0.1, 0.9, 0], [0.2, 0, 0.8]])
     assert labels.tolist() == [1, 2]
+
+
+def test_a_wild_prediction_of_one_prior_does_not_switch_off_suppression(model):
+    locs = torch.zeros(1, 8732, 4)
+    locs[0, 5000] = 200  # without a limit, its box would be exp(40) times as large as its prior
+    scores = torch.zeros(1, 8732, 21)
+    scores[..., 0] = 20  # background
+    scores[0, :4, 7] = 40  # four priors of one position, of which the first three overlap by more than 0.45
+    scores[0, 4:8, 7] = 39
+    boxes, labels, _ = model.detect_objects(locs, scores, 0.5, 0.45, 200)
+    expected = model.detect_objects(torch.zeros(1, 8732, 4), scores, 0.5, 0.45, 200)
+    assert 0 < len(labels[0]) < 8
+    assert torch.equal(boxes[0], expected[0][0])
 
 
 def test_nothing_of_the_caller_is_changed():

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import vgg16
 from torchvision.models.detection import ssd300_vgg16
-from torchvision.transforms.functional import normalize
 
-from model import SSD300, PredictionConvolutions, VGGBase, from_torchvision
+from model import FEATURE_MAPS, SSD300, PredictionConvolutions, VGGBase
 from utils import InputError, decimate
 
 # Output and input channels and kernel size of every convolution of the network.
@@ -38,21 +37,27 @@ CONVOLUTIONS = {
     'pred_convs.loc_conv11_2': (16, 256, 3), 'pred_convs.cl_conv11_2': (84, 256, 3),
 }
 
-# Positions per side, and the widths and heights of the priors at each position before they are cut at 1.
-SQUARES = ((38, 0.1, 0.2), (19, 0.2, 0.375), (10, 0.375, 0.55), (5, 0.55, 0.725), (3, 0.725, 0.9), (1, 0.9, 1.0))
 
-
-def sizes_at_a_position(grid, scale, next_scale):
-    ratios = (2, 3, 0.5, 0.333) if grid in (19, 10, 5) else (2, 0.5)
-    return ([(scale, scale), (math.sqrt(scale * next_scale),) * 2]
-            + [(scale * math.sqrt(ratio), scale / math.sqrt(ratio)) for ratio in ratios])
-
-
-PRIORS = [((column + 0.5) / grid, (row + 0.5) / grid, w, h)
-          for grid, scale, next_scale in SQUARES
-          for row in range(grid)
-          for column in range(grid)
-          for w, h in sizes_at_a_position(grid, scale, next_scale)]
+def literal_priors():
+    """The text's rules, one after the other, without the cut at 1: [c_x, c_y, w, h] of 8732 priors."""
+    grids = {'conv4_3': 38, 'conv7': 19, 'conv8_2': 10, 'conv9_2': 5, 'conv10_2': 3, 'conv11_2': 1}
+    scales = {'conv4_3': 0.1, 'conv7': 0.2, 'conv8_2': 0.375, 'conv9_2': 0.55, 'conv10_2': 0.725, 'conv11_2': 0.9}
+    aspect_ratios = {name: [1., 2., 0.5] for name in grids}
+    for name in ('conv7', 'conv8_2', 'conv9_2'):
+        aspect_ratios[name] = [1., 2., 3., 0.5, .333]
+    names, priors = list(grids), []
+    for k in range(6):
+        for i in range(grids[names[k]]):
+            for j in range(grids[names[k]]):
+                center = [(j + 0.5) / grids[names[k]], (i + 0.5) / grids[names[k]]]
+                for ratio in aspect_ratios[names[k]]:
+                    scale = scales[names[k]]
+                    priors.append([*center, scale * math.sqrt(ratio), scale / math.sqrt(ratio)])
+                    if ratio == 1.:
+                        # The last map has no next one: there, the published weights have a prior of 1.0 × 1.0.
+                        extra = 1.0 if k == 5 else math.sqrt(scale * scales[names[k + 1]])
+                        priors.append([*center, extra, extra])
+    return torch.tensor(priors)
 
 
 # ------------------------------------------------------------------------------------------------ weights
@@ -73,7 +78,7 @@ def test_all_biases_start_at_0_and_the_rescale_factors_at_20(model):
         assert model.get_submodule(name).bias.eq(0).all(), name
 
 
-def test_the_base_starts_from_he_initialisation(model):
+def test_the_base_starts_from_he_initialization(model):
     for name, (_, in_channels, kernel_size) in CONVOLUTIONS.items():
         if name.startswith('base.'):
             std = math.sqrt(2 / (in_channels * kernel_size ** 2))
@@ -82,7 +87,7 @@ def test_the_base_starts_from_he_initialisation(model):
             assert weight.abs().max() > 2.5 * std, name  # normal: a uniform distribution ends at √3 of it
 
 
-def test_the_other_convolutions_start_from_uniform_xavier_initialisation(model):
+def test_the_other_convolutions_start_from_uniform_xavier_initialization(model):
     for name, (out_channels, in_channels, kernel_size) in CONVOLUTIONS.items():
         if not name.startswith('base.'):
             bound = math.sqrt(6 / ((in_channels + out_channels) * kernel_size ** 2))
@@ -187,52 +192,17 @@ def test_a_decimated_convolution_skips_the_inputs_whose_weights_went():
 
 # ------------------------------------------------------------------------------------------------- priors
 
-def test_there_are_8732_priors_as_the_table_of_feature_maps_has_them(model):
+def test_the_8732_priors_are_exactly_those_of_the_texts_rules(model):
     assert model.priors_cxcy.shape == (8732, 4)
-    counts = [grid ** 2 * len(sizes_at_a_position(grid, 1, 1)) for grid, _, _ in SQUARES]
-    assert counts == [5776, 2166, 600, 150, 36, 4]
-    ends = torch.tensor(counts).cumsum(0).tolist()
-    for (grid, _, _), start, end in zip(SQUARES, [0, *ends], ends):
-        centers = model.priors_cxcy[start:end, :2]
-        assert len(centers.unique(dim=0)) == grid ** 2
-        # The first and the last tile of the map.
-        torch.testing.assert_close(centers[0], torch.full((2,), 0.5 / grid))
-        torch.testing.assert_close(centers[-1], torch.full((2,), 1 - 0.5 / grid))
-
-
-def test_priors_come_map_by_map_row_by_row_and_position_by_position(model):
-    expected = torch.tensor(PRIORS).clamp(max=1)
-    torch.testing.assert_close(model.priors_cxcy, expected, atol=1e-6, rtol=0)
-
-
-def test_priors_at_a_position_are_square_extra_wide_and_high(model):
-    w, h = model.priors_cxcy[5776:5782, 2:].unbind(dim=1)  # conv7's first position
-    torch.testing.assert_close(w / h, torch.tensor([1, 1, 2, 3, 0.5, 0.333]))
-    torch.testing.assert_close(w[:2], torch.tensor([0.2, math.sqrt(0.2 * 0.375)]))
-    w, h = model.priors_cxcy[:4, 2:].unbind(dim=1)  # conv4_3's
-    torch.testing.assert_close(w / h, torch.tensor([1, 1, 2, 0.5]))
-    # conv11_2's only position: the long sides would be 0.9·√2 = 1.27.
-    short = 0.9 / math.sqrt(2)
-    expected = torch.tensor([[0.9, 0.9], [math.sqrt(0.9), math.sqrt(0.9)], [1, short], [short, 1]])
-    torch.testing.assert_close(model.priors_cxcy[-4:, 2:], expected)
-
-
-def test_the_area_of_a_prior_is_its_scale_squared_unless_it_is_cut(model):
-    w, h = model.priors_cxcy[:, 2:].unbind(dim=1)
-    squares = [side * side
-               for grid, scale, next_scale in SQUARES
-               for _ in range(grid ** 2)
-               for side in [scale, math.sqrt(scale * next_scale)] + [scale] * (4 if grid in (19, 10, 5) else 2)]
-    cut = torch.tensor(PRIORS)[:, 2:].gt(1).any(dim=1)
-    torch.testing.assert_close((w * h)[~cut], torch.tensor(squares)[~cut])
-    assert (w * h)[cut].lt(torch.tensor(squares)[cut]).all()
+    expected = literal_priors()
+    expected[:, 2:] = expected[:, 2:].clamp(max=1)
+    assert torch.equal(model.priors_cxcy, expected)
+    assert model.priors_cxcy[8729].tolist() == [0.5, 0.5, 1, 1]
 
 
 def test_20_priors_are_cut_to_the_image_and_2740_overshoot_it(model):
-    before = torch.tensor(PRIORS)
-    assert (before[:, 2:] > 1).any(dim=1).sum() == 20
+    assert (literal_priors()[:, 2:] > 1).any(dim=1).sum() == 20
     assert model.priors_cxcy[:, 2:].max() == 1
-    assert (model.priors_cxcy - before).abs().gt(1e-6).any(dim=1).sum() == 20
     # 1e-6: rounding alone is no overshooting.
     center, half = model.priors_cxcy[:, :2], model.priors_cxcy[:, 2:] / 2
     overshoots = ((center - half < -1e-6) | (center + half > 1 + 1e-6)).any(dim=1)
@@ -247,28 +217,23 @@ def test_priors_move_with_the_network_but_are_not_saved(model):
 
 
 def test_predictions_come_in_the_order_of_the_priors():
-    heads, features, expected = PredictionConvolutions(n_classes=3), [], []
-    for name, (grid, scale, next_scale) in zip(('conv4_3', 'conv7', 'conv8_2', 'conv9_2', 'conv10_2', 'conv11_2'),
-                                               SQUARES):
+    heads, features, rows = PredictionConvolutions(n_classes=3), [], []
+    for feature_map in FEATURE_MAPS:
         # Channel 0 of the map says where we are, row by row; the bias which output channel it is.
-        loc, cl = heads.get_submodule(f'loc_{name}'), heads.get_submodule(f'cl_{name}')
-        feature = torch.zeros(1, loc.in_channels, grid, grid)
-        feature[0, 0] = torch.arange(grid ** 2).view(grid, grid)
+        feature = torch.zeros(1, feature_map.channels, feature_map.grid, feature_map.grid)
+        feature[0, 0] = torch.arange(feature_map.grid ** 2).view(feature_map.grid, feature_map.grid)
         features.append(feature)
-        for conv in (loc, cl):
+        for kind in ('loc', 'cl'):
+            conv = heads.get_submodule(f'{kind}_{feature_map.name}')
             nn.init.zeros_(conv.weight)
             conv.weight.data[:, 0, 1, 1] = 100
             conv.bias.data = torch.arange(conv.out_channels).float()
-        expected += [(100 * (grid * row + column), prior, (column + 0.5) / grid, (row + 0.5) / grid, *size)
-                     for row in range(grid)
-                     for column in range(grid)
-                     for prior, size in enumerate(sizes_at_a_position(grid, scale, next_scale))]
+        rows += [(100 * position, prior) for position in range(feature_map.grid ** 2)
+                 for prior in range(feature_map.n_priors)]
     locs, scores = heads(*features)
-    position, prior = torch.tensor([row[:2] for row in expected])[:, :, None].unbind(dim=1)
+    position, prior = torch.tensor(rows)[:, :, None].unbind(dim=1)  # (8732, 1) each
     assert torch.equal(locs[0], position + 4 * prior + torch.arange(4))
     assert torch.equal(scores[0], position + 3 * prior + torch.arange(3))
-    # The very same list is the priors'.
-    assert [row[2:] for row in expected] == PRIORS
 
 
 # ------------------------------------------------------------------------------------------------ forward
@@ -374,35 +339,10 @@ def test_the_network_agrees_with_torchvisions(network, passed):
 
     # Where in their list our i-th prior stands.
     place, start = [], 0
-    for grid, _, _ in SQUARES:
-        n_priors = 6 if grid in (19, 10, 5) else 4
+    for _, _, grid, _, ratios in FEATURE_MAPS:
+        n_priors = len(ratios) + 1
         for position in range(grid ** 2):
             place += [start + position * n_priors + swapped[n_priors][prior] for prior in range(n_priors)]
         start += grid ** 2 * n_priors
     torch.testing.assert_close(their_predictions['bbox_regression'][:, place], locs[:1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(their_predictions['cls_logits'][:, place], scores[:1], atol=1e-4, rtol=1e-4)
-
-
-def test_torchvisions_ssd300_as_one_of_ours_detects_the_same_objects():
-    # With this seed no two scores are so close that rounding could swap them.
-    generator = torch.Generator().manual_seed(5)
-    # As many candidates per class as ours, which has no such limit.
-    theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=4, score_thresh=0.9, topk_candidates=8732)
-    with torch.no_grad():
-        theirs.backbone.scale_weight.uniform_(10, 30, generator=generator)
-        for name, parameter in theirs.named_parameters():
-            if name.startswith('backbone') and parameter.dim() == 4:
-                nn.init.kaiming_normal_(parameter, nonlinearity='relu', generator=generator)
-            elif name.startswith('head'):
-                # conv4_3 has values around 1, the other maps, which aren't normalised, a hundred times as much.
-                parameter.normal_(0, 0.02 if 'module_list.0' in name else 1e-4, generator=generator)
-        images = torch.rand(2, 3, 300, 300, generator=generator)
-        expected = theirs.eval()(list(images))
-        ours = from_torchvision(theirs.state_dict()).eval()
-        locs, scores = ours(normalize(images, ours.image_mean, ours.image_std))
-        found = ours.detect_objects(locs, scores, min_score=0.9, max_overlap=0.45, top_k=200)
-    assert min(len(theirs_of_image['boxes']) for theirs_of_image in expected) > 5
-    for theirs_of_image, boxes, box_labels, box_scores in zip(expected, *found):
-        assert torch.equal(box_labels, theirs_of_image['labels'])
-        torch.testing.assert_close(box_scores, theirs_of_image['scores'], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(300 * boxes, theirs_of_image['boxes'], atol=0.01, rtol=1e-4)
