@@ -1,6 +1,7 @@
 """VOC as a PyTorch Dataset, read from the data lists that create_data_lists.py wrote."""
 
 import json
+import random
 from pathlib import Path
 
 import torch
@@ -12,24 +13,26 @@ from utils import InputError, read_image, require, transform
 class PascalVOCDataset(Dataset):
     """The pictures of one split with their objects.
 
-    An item is (image, boxes, labels, difficulties): a normalised image (3, 300, 300), boxes in fractional boundary
+    An item is (image, boxes, labels, difficulties): a normalized image (3, 300, 300), boxes in fractional boundary
     coordinates (n, 4), labels long (n), difficulties bool (n). A picture without objects has n = 0. One that can't be
     read, or to which the objects can't belong, raises InputError.
     """
 
-    def __init__(self, data_folder, split, keep_difficult=False, augment=None):
+    def __init__(self, data_folder, split, keep_difficult=False, augment=None, seed=None):
         """
         :param data_folder: where the data lists are
         :param split: 'TRAIN' or 'TEST'
         :param keep_difficult: whether objects marked as difficult are kept
         :param augment: whether pictures are changed at random; None: for the training split only
+        :param seed: with it, how a picture is changed follows from seed, epoch (see `set_epoch`) and the
+            picture's number alone; None: it is different each time
 
         Raises InputError if there are no data lists, or if they don't belong together.
         """
         self.split = split.upper()
         if self.split not in ('TRAIN', 'TEST'):
             raise InputError(f"split must be 'train' or 'test', not '{split}'")
-        self.keep_difficult = keep_difficult
+        self.keep_difficult, self.seed, self.epoch = keep_difficult, seed, 0
         self.augment = self.split == 'TRAIN' if augment is None else augment
 
         self.images = read_list(data_folder, f'{self.split}_images.json', list)
@@ -39,10 +42,19 @@ class PascalVOCDataset(Dataset):
             raise InputError(f"'{data_folder}' has lists of {len(self.images)} images but of {len(self.objects)} "
                              'images\' objects: make them again with create_data_lists.py')
 
+    def set_epoch(self, epoch):
+        """From the next DataLoader on, pictures are changed as is due in this epoch."""
+        self.epoch = epoch
+
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, i):
+        if self.augment and self.seed is not None:
+            # Whichever process reads the picture, and whatever it has read before. As text, since random
+            # hashes that: numbers could add up to those of another seed, epoch or picture.
+            random.seed(f'{self.seed} {self.epoch} {i}')
+            torch.manual_seed(random.getrandbits(63))
         image = read_image(self.images[i])
         boxes, labels, difficulties = make_tensors(**self.objects[i])  # (n, 4), (n), (n)
         centers = (boxes[:, :2] + boxes[:, 2:]) / 2  # (n, 2), in pixels

@@ -20,7 +20,7 @@ from torchvision.ops import batched_nms
 
 from utils import (IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, InputError, cxcy_to_gcxgcy, cxcy_to_xy,
                    decimate, find_jaccard_overlap, gcxgcy_to_cxcy, load_checkpoint, make_label_map,
-                   xy_to_cxcy)
+                   several_processes, xy_to_cxcy)
 
 # ------------------------------------------------------------------------------------------ network
 
@@ -402,7 +402,7 @@ def mean_over_processes(count):
     DistributedDataParallel averages the processes' gradients. Divided by the average number of positives,
     they add up to the gradient of the whole batch.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not several_processes():
         return count.clamp(min=1)
     distributed.all_reduce(count)
     return count.clamp(min=1) / distributed.get_world_size()
@@ -471,6 +471,11 @@ def load_weights(model, checkpoint, checkpoint_path, class_heads=True):
                                   if name.startswith('pred_convs.cl_')}
     try:
         model.load_state_dict({**checkpoint['model'], **own})
+        # What else the network needs. Older checkpoints lack it: they are of networks with the values above.
+        if 'priors_cxcy' in checkpoint:
+            model.priors_cxcy.copy_(checkpoint['priors_cxcy'])
+            for name in ('image_mean', 'image_std', 'clip_boxes'):
+                setattr(model, name, checkpoint[name])
     except (RuntimeError, AttributeError, TypeError):
         raise InputError(f"checkpoint '{checkpoint_path}' doesn't hold the weights of an SSD300 with {model.n_classes} "
                          'classes: name one that train.py wrote') from None

@@ -29,6 +29,7 @@ import warnings
 import zipfile
 from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -530,7 +531,7 @@ def average_precision(true, n_objects) -> float:
 
 def area_under_curve(true, n_objects) -> float:
     """The average precision of VOC 2010 and later: the area under the precision–recall curve, made to fall
-    monotonously. The arguments are those of `average_precision`, whose value is usually lower by a few points."""
+    monotonously. The arguments are those of `average_precision`, whose value is about 2 points lower on VOC."""
     if n_objects == 0:
         return math.nan
     precision = true.cumsum(dim=0).double() / torch.arange(1, len(true) + 1, device=true.device)  # (d)
@@ -614,18 +615,18 @@ def replaced_file(path):
         raise
 
 
-def save_checkpoint(path, epoch, model, optimizer, scheduler, label_map, settings):
+def save_checkpoint(path, epoch, model, optimizer, label_map, settings):
     """Saves a training run after `epoch` finished epochs, in plain containers only.
 
-    The file holds epoch, model, optimizer and scheduler (state dicts), label_map and settings. It loads with
+    The file holds epoch, model and optimizer (state dicts), label_map, settings, and what the network needs besides
+    its weights: its priors, how images are normalized for it, whether boxes are cut at the image's edges. It loads with
     `torch.load(path, weights_only=True)`, which runs no code from the file, and replaces an older one in one step.
     """
-    # The milestones of a MultiStepLR are a Counter: a dict is plainer and serves as well.
-    schedule = {key: dict(value) if isinstance(value, Counter) else value
-                for key, value in scheduler.state_dict().items()}
     with replaced_file(path) as file:
-        torch.save({'epoch': epoch, 'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
-                    'scheduler': schedule, 'label_map': label_map, 'settings': settings}, file)
+        torch.save({'format': 2, 'epoch': epoch, 'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
+                    'label_map': label_map, 'settings': settings, 'priors_cxcy': model.priors_cxcy,
+                    'image_mean': list(model.image_mean), 'image_std': list(model.image_std),
+                    'clip_boxes': model.clip_boxes}, file)
 
 
 def load_checkpoint(path) -> dict:
@@ -662,7 +663,7 @@ def is_checkpoint(content) -> bool:
     if not isinstance(content, dict) or not {'epoch', 'model', 'label_map'} <= content.keys():
         return False
     if not all(isinstance(content.get(name, {}), dict)
-               for name in ('model', 'label_map', 'optimizer', 'scheduler', 'settings')):
+               for name in ('model', 'label_map', 'optimizer', 'settings')):
         return False
     labels, indices = content['label_map'].keys(), content['label_map'].values()
     return (type(content['epoch']) is int and content['epoch'] >= 0
@@ -840,10 +841,28 @@ def current_settings(script) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
 
 
+PRECISIONS = ('float32', 'bfloat16', 'auto')
+
+
 def autocast(device, precision):
-    """The context in which a network runs in 'float32', or in 'bfloat16' where that is safe (mixed precision)."""
-    require(precision in ('float32', 'bfloat16'), f"precision must be 'float32' or 'bfloat16', not '{precision}'")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == 'bfloat16')
+    """The context in which a network runs in 'float32'; in 'bfloat16' where that is safe (mixed precision);
+    or, with 'auto', in bfloat16 if the device computes in it."""
+    require(precision in PRECISIONS, f"precision must be one of {', '.join(PRECISIONS)}, not '{precision}'")
+    enabled = precision == 'bfloat16' or (precision == 'auto' and computes_in_bfloat16(device))
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def computes_in_bfloat16(device) -> bool:
+    """Whether a device has instructions for bfloat16. Without them, a CPU takes ten times as long with it."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, 'get_capabilities', dict)()  # older versions of PyTorch can't tell
+    return any(capabilities.get(name) for name in ('avx512_bf16', 'amx_bf16'))
+
+
+def several_processes() -> bool:
+    """Whether this is one of several processes that train or evaluate together."""
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def join_processes() -> tuple[int, int, torch.device]:
@@ -857,7 +876,8 @@ def join_processes() -> tuple[int, int, torch.device]:
         require(local_rank < torch.cuda.device_count(),
                 f'there are {torch.cuda.device_count()} GPUs: start torchrun with --nproc_per_node of at most that')
         torch.cuda.set_device(local_rank)
-    distributed.init_process_group('nccl' if cuda else 'gloo')
+    # Others wait for the first process while it downloads weights or computes a mAP.
+    distributed.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(hours=2))
     if distributed.get_rank() > 0:
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
     device = torch.device('cuda', local_rank) if cuda else torch.device('cpu')
@@ -865,21 +885,26 @@ def join_processes() -> tuple[int, int, torch.device]:
 
 
 class DelayedCtrlC:
-    """From when it is made until end(), Ctrl-C only sets `pressed`, to be heeded where it does no harm; pressed twice,
-    it stops at once. Left to itself, Python raises KeyboardInterrupt wherever it is: in the middle of starting a
-    worker process, say, where it may be lost or leave that process hanging."""
+    """Within `with`, Ctrl-C only sets `pressed`, to be heeded where it does no harm; pressed twice, it stops at once.
+    A KeyboardInterrupt then ends the program with `message`. Left to itself, Python raises it wherever it is: in the
+    middle of starting a worker process, say, where it may be lost or leave that process hanging."""
 
-    def __init__(self):
-        self.pressed = False
+    def __init__(self, message):
+        self.message, self.pressed = message, False
+
+    def __enter__(self):
         signal.signal(signal.SIGINT, self.note)
+        return self
 
     def note(self, signal_number, frame):
         self.pressed = True
-        self.end()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.write(2, b'\nStopping after this step; press Ctrl-C again to stop at once\n')  # print isn't safe in here
 
-    def end(self):
+    def __exit__(self, kind, *_):
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if kind is KeyboardInterrupt:
+            sys.exit(self.message)
 
 
 def ignore_ctrl_c(worker_id):
@@ -887,14 +912,15 @@ def ignore_ctrl_c(worker_id):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def override_settings(script):
-    """Sets a script's annotated constants from the command line, each by its own name.
+def override_settings(script) -> set[str]:
+    """Sets a script's annotated constants from the command line, each by its own name; returns those names.
 
     `batch_size: int = 8` becomes `--batch_size 4`. Understood are int, float, str, bool (`--augment`,
-    `--no-augment`), `X | None` (`--grad_clip None`) and `list[X]` (`--decay_lr_at 154 193`). `--help` shows
-    each with its default and the comment behind it.
+    `--no-augment`), `X | None` (`--grad_clip None`) and `list[X]` (`--labels cat dog`). `--help` shows each
+    with its default and the comment behind it.
     """
     parser = argparse.ArgumentParser(description=script.__doc__, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS,  # only what is given is returned
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f'{parser.prog}: {message}; --help lists the settings\n')
     comments = dict(re.findall(r'^(\w+): .*?  # (.*)$', inspect.getsource(script), re.MULTILINE))
@@ -905,30 +931,31 @@ def override_settings(script):
         many = typing.get_origin(kind) is list
         if many:
             kind, = typing.get_args(kind)
-        default = getattr(script, name)
-        text = f'{comments.get(name, "")} (default: {default})'.replace('%', '%%')
+        text = f'{comments.get(name, "")} (default: {getattr(script, name)})'.replace('%', '%%')
         if kind is bool:
-            parser.add_argument(f'--{name}', action=argparse.BooleanOptionalAction, default=default, help=text)
+            parser.add_argument(f'--{name}', action=argparse.BooleanOptionalAction, help=text)
             continue
 
         def convert(value, kind=kind, optional=optional):
             return None if optional and value == 'None' else kind(value)
 
         convert.__name__ = kind.__name__  # for argparse's "invalid int value: 'x'"
-        parser.add_argument(f'--{name}', type=convert, nargs='*' if many else None, default=default, help=text,
+        parser.add_argument(f'--{name}', type=convert, nargs='*' if many else None, help=text,
                             metavar=kind.__name__.upper())
-    for name, value in vars(parser.parse_args()).items():
+    given = vars(parser.parse_args())
+    for name, value in given.items():
         setattr(script, name, None if value == [None] else value)
+    return set(given)
 
 
-def run_script(script):
-    """Runs a script's main() with its settings from the command line. What the user can mend is told in one
-    sentence on standard error, with exit status 1."""
+def run_script(script, pass_given=False):
+    """Runs a script's main() with its settings from the command line; with pass_given, main(names of the settings
+    given there). What the user can mend is told in one sentence on standard error, with exit status 1."""
     sys.stdout.reconfigure(errors='backslashreplace')  # a file's name that can't be printed must not end a run
-    override_settings(script)
+    given = override_settings(script)
     warnings.formatwarning = lambda message, *_, **__: f'Warning: {message}\n'
     try:
-        script.main()
+        script.main(*[given] * pass_given)
     except InputError as error:
         # From a worker of a DataLoader it arrives wrapped in that worker's traceback; the last line is ours.
         sys.exit('Error: ' + str(error).splitlines()[-1].removeprefix('utils.InputError: '))
