@@ -16,16 +16,15 @@ from itertools import zip_longest
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import distributed
 from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
 
 from datasets import PascalVOCDataset
 from model import load_model
-from utils import (area_under_curve, autocast, average_precision, calculate_mAP, check_label_map,
-                   ignore_ctrl_c, join_processes, label_map, make_folder, make_label_colors, mean_of_classes,
-                   rank_detections, replaced_file, require, run_script, warn_about_workers)
+from utils import (Plot, area_under_curve, autocast, average_precision, calculate_mAP, check_label_map,
+                   draw_plots, ignore_ctrl_c, join_processes, label_map, make_folder, make_label_colors,
+                   mean_of_classes, rank_detections, replaced_file, require, run_script, warn_about_workers)
 
 data_folder: str = 'data'  # where create_data_lists.py put the data lists
 checkpoint: str = 'checkpoint_ssd300.pth'  # the trained network, a file that train.py wrote
@@ -151,25 +150,16 @@ def without_nan(value):
 
 
 def draw_curves(ranked, colors):
-    """One picture with the precision–recall curve of each class: recall from 0 to 1 to the right, precision upwards."""
-    size, margin, columns = 180, 28, 5  # pixels of a plot, pixels around it, plots side by side
-    step = size + 2 * margin
-    image = Image.new('RGB', (columns * step, -(-len(ranked) // columns) * step), 'white')
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
-    for i, (label, (_, true, n_objects)) in enumerate(ranked.items()):
-        left, top = i % columns * step + margin, i // columns * step + margin
-        for tenth in range(0, 11, 5):  # grid
-            offset = size * tenth // 10
-            draw.line((left, top + size - offset, left + size, top + size - offset), fill='lightgray')
-            draw.line((left + offset, top, left + offset, top + size), fill='lightgray')
+    """One picture with the precision–recall curve of each class: recall to the right, precision upwards."""
+    plots = []
+    for label, (_, true, n_objects) in ranked.items():
+        n_true = true.cumsum(dim=0)  # (d): after the best 1, 2, …, d detections
+        precision = n_true / torch.arange(1, len(true) + 1)  # (d)
+        points = list(zip((n_true / n_objects).tolist(), precision.tolist())) if n_objects else []
+        points = [(0, y) for _, y in points[:1]] + points  # from the left edge on
         title = f'{label} {average_precision(true, n_objects):.3f}'
-        draw.text((left, top - 20), title, font=font, fill='black')
-        if n_objects and len(true):
-            n_true = true.cumsum(dim=0)
-            precision = n_true / torch.arange(1, len(true) + 1)
-            points = zip((left + size * n_true / n_objects).tolist(), (top + size * (1 - precision)).tolist())
-            draw.line([(left, top + size * (1 - precision[0].item())), *points], fill=colors[label], width=3)
-    return image
+        plots.append(Plot(title, [(None, colors[label], points)], (0, 1), (0, 1)))
+    return draw_plots(plots)
 
 
 def check_settings():
