@@ -2,6 +2,7 @@
 
     python eval.py                     # checkpoint_ssd300.pth on the test split
     python eval.py --split train       # on what it was trained with: has it learned at all?
+    torchrun --nproc_per_node=4 eval.py          # the same on four GPUs
 
 Needs the data lists of create_data_lists.py. Prints a table of the classes, and writes it as report.json, with the
 precision–recall curves as precision_recall.png, to output_folder.
@@ -11,27 +12,27 @@ import json
 import math
 import os
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import DataLoader
+from torch import distributed
+from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
 
 from datasets import PascalVOCDataset
 from model import load_model
-from utils import (area_under_curve, autocast, average_precision, calculate_mAP, check_label_map, label_map,
-                   make_folder, make_label_colors, mean_of_classes, rank_detections, replaced_file, require, run_script,
-                   warn_about_workers)
+from utils import (Plot, area_under_curve, autocast, average_precision, calculate_mAP, check_label_map,
+                   draw_plots, ignore_ctrl_c, join_processes, label_map, make_folder, make_label_colors,
+                   mean_of_classes, rank_detections, replaced_file, require, run_script, warn_about_workers)
 
 data_folder: str = 'data'  # where create_data_lists.py put the data lists
 checkpoint: str = 'checkpoint_ssd300.pth'  # the trained network, a file that train.py wrote
 split: str = 'test'  # 'test' or 'train'
 batch_size: int = 16  # images per forward pass; changes the speed and the memory needed, not the result
 workers: int = min(4, os.cpu_count() or 1)  # processes that read pictures; 0: the main one reads them itself
-prefetch: int = 2  # batches that each worker reads ahead; more evens out slow disks, and takes memory
 precision: str = 'float32'  # or 'bfloat16', for GPUs and CPUs that compute in it
-sure_score: float = 0.5  # precision and recall are told for detections with at least this score
+report_threshold: float = 0.5  # precision and recall are told for detections with at least this score
 output_folder: str = 'evaluation'  # where report.json and precision_recall.png go
 
 # With these, results compare with the paper's and others'. They aren't settings.
@@ -42,20 +43,24 @@ TOP_K = 200  # objects per image
 
 def main():
     check_settings()
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    rank, n_processes, device = join_processes()
     torch.backends.cudnn.benchmark = True  # all inputs have one size: cuDNN may try which algorithm is fastest
     # Difficult objects have to be known, so that finding one isn't counted as an error.
     dataset = PascalVOCDataset(data_folder, split, keep_difficult=True, augment=False)
     model, model_label_map = load_model(checkpoint)
     check_label_map(model_label_map, dataset.label_map)
     model.to(device, memory_format=torch.channels_last)
-    loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=dataset.collate_fn,
-                        prefetch_factor=prefetch if workers else None, pin_memory=device.type == 'cuda')
+    loader = make_test_loader(dataset, batch_size, workers, rank, n_processes, pin_memory=device.type == 'cuda')
 
     with autocast(device, precision):
         results = detect_all(loader, model)
+    if n_processes > 1:
+        distributed.destroy_process_group()
+    if rank > 0:
+        return  # the first process goes on alone
     ranked = rank_detections(*results, dataset.label_map)
-    report = {'checkpoint': str(checkpoint), 'split': split, 'images': len(dataset), **make_report(ranked)}
+    report = {'checkpoint': str(checkpoint), 'split': split, 'images': len(dataset),
+              **make_report(ranked, report_threshold)}
     print_report(report)
     make_folder(output_folder)
     with replaced_file(Path(output_folder, 'report.json')) as file:
@@ -65,44 +70,66 @@ def main():
     print(f'Saved report.json and precision_recall.png in {output_folder}')
 
 
+def make_test_loader(dataset, batch_size, workers, rank=0, n_processes=1, pin_memory=False):
+    """The batches of a PascalVOCDataset in its order. Of several processes, each gets every n-th of the very batches
+    that a single one would compute, so that the results are the same to the last digit."""
+    batches = list(BatchSampler(range(len(dataset)), batch_size, drop_last=False))[rank::n_processes]
+    # A generator of its own: a DataLoader draws its workers' seed, by default in the middle of a training's numbers.
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=dataset.collate_fn,
+                      pin_memory=pin_memory, worker_init_fn=ignore_ctrl_c, generator=torch.Generator())
+
+
 def evaluate(test_loader, model, label_map=label_map):
     """Detects the objects in all pictures of a loader and compares them with the true ones.
 
-    :param test_loader: gives batches of PascalVOCDataset, difficult objects included
-    :param model: SSD300
-    :return: {label: average precision}, mAP; see `calculate_mAP`
+    :param test_loader: of `make_test_loader`, its dataset with difficult objects; of several processes, each calls this
+        with its own
+    :param model: SSD300; left in the mode, training or evaluation, in which it was
+    :return: {label: average precision}, mAP; see `calculate_mAP`. Of several processes, the first gets it, the others
+        None.
     """
-    return calculate_mAP(*detect_all(test_loader, model), label_map)
+    results = detect_all(test_loader, model)
+    return results and calculate_mAP(*results, label_map)
 
 
 @torch.no_grad()
 def detect_all(test_loader, model):
-    """The detections in all pictures of a loader, and the true objects: six lists with a tensor per picture, the
-    arguments of `calculate_mAP`."""
+    """The detections in all pictures and the true objects: six lists with a tensor per picture in the dataset's order,
+    the arguments of `calculate_mAP`. Of several processes, the first gets all of them, the others None."""
+    several = distributed.is_available() and distributed.is_initialized()
+    rank = distributed.get_rank() if several else 0
+    was_training, device = model.training, model.priors_cxcy.device
     model.eval()
-    device = model.priors_cxcy.device
-    results = tuple([] for _ in range(6))
-    for images, *truth in tqdm(test_loader, desc='Evaluating', unit='batch'):
+    batches = []  # six lists each
+    for images, *truth in tqdm(test_loader, desc='Evaluating', unit='batch', disable=rank > 0):
         images = images.to(device, non_blocking=True)  # (N, 3, 300, 300)
         predicted_locs, predicted_scores = model(images)  # (N, 8732, 4), (N, 8732, n_classes)
         detections = model.detect_objects(predicted_locs, predicted_scores, MIN_SCORE, MAX_OVERLAP, TOP_K)
-        for result, batch in zip(results, (*detections, *truth)):
-            result.extend(tensor.cpu() for tensor in batch)
-    return results
+        batches.append([[tensor.cpu() for tensor in tensors] for tensors in (*detections, *truth)])
+    model.train(was_training)
+
+    if several:
+        shares = [None] * distributed.get_world_size() if rank == 0 else None
+        distributed.gather_object(batches, shares)
+        if rank > 0:
+            return None
+        batches = [batch for turn in zip_longest(*shares) for batch in turn if batch]  # back in the dataset's order
+    return tuple([tensor for batch in batches for tensor in batch[i]] for i in range(6))
 
 
-def make_report(ranked) -> dict:
-    """The figures of the report, from `rank_detections`."""
+def make_report(ranked, report_threshold) -> dict:
+    """The figures of the report, from `rank_detections`. Precision and recall are those of the detections with a score
+    of at least report_threshold."""
     classes = {}
     for label, (scores, true, n_objects) in ranked.items():
-        sure = true[scores >= sure_score]
+        shown = true[scores >= report_threshold]
         classes[label] = {'objects': n_objects, 'AP': average_precision(true, n_objects),
                           'AP_area': area_under_curve(true, n_objects),
-                          'precision': sure.float().mean().item(),  # nan if there is none
-                          'recall': sure.sum().item() / n_objects if n_objects else math.nan}
+                          'precision': shown.float().mean().item(),  # nan if there is none
+                          'recall': shown.sum().item() / n_objects if n_objects else math.nan}
     return {'mAP': mean_of_classes(row['AP'] for row in classes.values()),
             'mAP_area': mean_of_classes(row['AP_area'] for row in classes.values()),
-            'sure_score': sure_score, 'classes': classes}
+            'report_threshold': report_threshold, 'classes': classes}
 
 
 def print_report(report):
@@ -111,7 +138,7 @@ def print_report(report):
     for label, row in report['classes'].items():
         print(f'{label:<16}{row["objects"]:>10,}' + ''.join(f'{row[column]:>10.4f}' for column in columns[1:]))
     print(f'AP by 11 points as in VOC 2007, AP_area as from VOC 2010 on; precision and recall of detections with a '
-          f'score of at least {sure_score}')
+          f'score of at least {report["report_threshold"]}')
     print(f'mAP of {report["images"]:,} images: {report["mAP"]:.4f} (area: {report["mAP_area"]:.4f})')
 
 
@@ -123,32 +150,22 @@ def without_nan(value):
 
 
 def draw_curves(ranked, colors):
-    """One picture with the precision–recall curve of each class: recall from 0 to 1 to the right, precision upwards."""
-    size, margin, columns = 180, 28, 5  # pixels of a plot, pixels around it, plots side by side
-    step = size + 2 * margin
-    image = Image.new('RGB', (columns * step, -(-len(ranked) // columns) * step), 'white')
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
-    for i, (label, (_, true, n_objects)) in enumerate(ranked.items()):
-        left, top = i % columns * step + margin, i // columns * step + margin
-        for tenth in range(0, 11, 5):  # grid
-            offset = size * tenth // 10
-            draw.line((left, top + size - offset, left + size, top + size - offset), fill='lightgray')
-            draw.line((left + offset, top, left + offset, top + size), fill='lightgray')
+    """One picture with the precision–recall curve of each class: recall to the right, precision upwards."""
+    plots = []
+    for label, (_, true, n_objects) in ranked.items():
+        n_true = true.cumsum(dim=0)  # (d): after the best 1, 2, …, d detections
+        precision = n_true / torch.arange(1, len(true) + 1)  # (d)
+        points = list(zip((n_true / n_objects).tolist(), precision.tolist())) if n_objects else []
+        points = [(0, y) for _, y in points[:1]] + points  # from the left edge on
         title = f'{label} {average_precision(true, n_objects):.3f}'
-        draw.text((left, top - 20), title, font=font, fill='black')
-        if n_objects and len(true):
-            n_true = true.cumsum(dim=0)
-            precision = n_true / torch.arange(1, len(true) + 1)
-            points = zip((left + size * n_true / n_objects).tolist(), (top + size * (1 - precision)).tolist())
-            draw.line([(left, top + size * (1 - precision[0].item())), *points], fill=colors[label], width=3)
-    return image
+        plots.append(Plot(title, [(None, colors[label], points)], (0, 1), (0, 1)))
+    return draw_plots(plots)
 
 
 def check_settings():
     require(batch_size >= 1, f'batch_size must be at least 1, not {batch_size}')
-    require(0 <= sure_score <= 1, f'sure_score must be between 0 and 1, not {sure_score}')
+    require(0 <= report_threshold <= 1, f'report_threshold must be between 0 and 1, not {report_threshold}')
     warn_about_workers(workers)
-    require(prefetch >= 1, f'prefetch must be at least 1, not {prefetch}')
     autocast(torch.device('cpu'), precision)  # refuses a precision that it doesn't know
 
 

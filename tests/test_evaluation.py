@@ -1,5 +1,6 @@
 """VOC 2007's average precision, against the plain reference and worked out on paper."""
 
+import json
 import math
 import random
 import warnings
@@ -8,7 +9,8 @@ import pytest
 import torch
 from references import average_precision
 
-from utils import calculate_mAP, label_map
+import eval as evaluation
+from utils import calculate_mAP, label_map, rank_detections
 
 # An object and boxes that overlap with it by a known part.
 OBJECT = [0, 0, 10, 10]
@@ -181,6 +183,36 @@ def test_difficulties_may_be_of_any_type(dtype):
     _, mean = calculate_mAP([boxes[0][:1]], [labels[0][:1]], [torch.tensor([0.5])], boxes, labels,
                             [torch.tensor([0, 1]).to(dtype)], label_map={'background': 0, 'thing': 1})
     assert mean == 1
+
+
+# ------------------------------------------------------------------------------------------------- reports
+
+def test_the_report_tells_what_was_worked_out_on_paper():
+    # Four cats in one picture. By score: found, nothing there, found, found; the fourth cat is missed.
+    cats = torch.tensor([[0.0, 0.0, 0.2, 0.2], [0.3, 0.0, 0.5, 0.2], [0.6, 0.0, 0.8, 0.2], [0.0, 0.5, 0.2, 0.7]])
+    boxes = torch.stack((cats[0], torch.tensor([0.7, 0.7, 0.9, 0.9]), cats[1], cats[2]))
+    ranked = rank_detections([boxes], [torch.tensor([1, 1, 1, 1])], [torch.tensor([0.9, 0.8, 0.7, 0.5])],
+                             [cats], [torch.tensor([1, 1, 1, 1])], [torch.zeros(4)], {'background': 0, 'cat': 1})
+    row = evaluation.make_report(ranked, 0.6)['classes']['cat']
+    assert row['objects'] == 4
+    assert row['precision'] == pytest.approx(2 / 3) and row['recall'] == pytest.approx(2 / 4)  # above 0.6: T F T
+    assert row['AP_area'] == pytest.approx((1 + 3 / 4 + 3 / 4) / 4)
+    # Recall 0, 0.1, 0.2: precision 1; 0.3 to 0.7: 3/4; 0.8 to 1: never reached.
+    assert row['AP'] == pytest.approx((3 * 1 + 5 * 3 / 4) / 11)
+
+
+def test_a_report_warns_of_classes_without_objects():
+    cat = [torch.rand(1, 4)], [torch.tensor([1])]
+    with pytest.warns(UserWarning, match='no objects to be found of dog:'):
+        rank_detections(*cat, [torch.rand(1)], *cat, [torch.zeros(1)], {'background': 0, 'cat': 1, 'dog': 2})
+
+
+def test_a_class_without_detections_has_no_precision_and_its_report_is_json():
+    empty = [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.long)], [torch.zeros(0)]
+    ranked = rank_detections(*empty, [torch.rand(1, 4)], [torch.tensor([1])], [torch.zeros(1)], {'bg': 0, 'cat': 1})
+    row = evaluation.make_report(ranked, 0.6)['classes']['cat']
+    assert row['AP'] == row['AP_area'] == row['recall'] == 0 and math.isnan(row['precision'])
+    assert json.loads(json.dumps(evaluation.without_nan(row), allow_nan=False))['precision'] is None
 
 
 # ------------------------------------------------------------------------------------------ random cases
