@@ -22,16 +22,17 @@ from tqdm import tqdm
 
 from datasets import PascalVOCDataset
 from model import load_model
-from utils import (Plot, area_under_curve, autocast, average_precision, calculate_mAP, check_label_map,
+from utils import (PRECISIONS, Plot, area_under_curve, autocast, average_precision, calculate_mAP, check_label_map,
                    draw_plots, ignore_ctrl_c, join_processes, label_map, make_folder, make_label_colors,
-                   mean_of_classes, rank_detections, replaced_file, require, run_script, warn_about_workers)
+                   mean_of_classes, rank_detections, replaced_file, require, run_script, several_processes,
+                   warn_about_workers)
 
 data_folder: str = 'data'  # where create_data_lists.py put the data lists
 checkpoint: str = 'checkpoint_ssd300.pth'  # the trained network, a file that train.py wrote
 split: str = 'test'  # 'test' or 'train'
 batch_size: int = 16  # images per forward pass; changes the speed and the memory needed, not the result
 workers: int = min(4, os.cpu_count() or 1)  # processes that read pictures; 0: the main one reads them itself
-precision: str = 'float32'  # or 'bfloat16', for GPUs and CPUs that compute in it
+precision: str = 'float32'  # 'bfloat16' for GPUs and CPUs that compute in it; 'auto': bfloat16 where that is so
 report_threshold: float = 0.5  # precision and recall are told for detections with at least this score
 output_folder: str = 'evaluation'  # where report.json and precision_recall.png go
 
@@ -96,7 +97,7 @@ def evaluate(test_loader, model, label_map=label_map):
 def detect_all(test_loader, model):
     """The detections in all pictures and the true objects: six lists with a tensor per picture in the dataset's order,
     the arguments of `calculate_mAP`. Of several processes, the first gets all of them, the others None."""
-    several = distributed.is_available() and distributed.is_initialized()
+    several = several_processes()
     rank = distributed.get_rank() if several else 0
     was_training, device = model.training, model.priors_cxcy.device
     model.eval()
@@ -166,7 +167,7 @@ def check_settings():
     require(batch_size >= 1, f'batch_size must be at least 1, not {batch_size}')
     require(0 <= report_threshold <= 1, f'report_threshold must be between 0 and 1, not {report_threshold}')
     warn_about_workers(workers)
-    autocast(torch.device('cpu'), precision)  # refuses a precision that it doesn't know
+    require(precision in PRECISIONS, f"precision must be one of {', '.join(PRECISIONS)}, not '{precision}'")
 
 
 if __name__ == '__main__':

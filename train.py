@@ -347,8 +347,9 @@ def draw_log(lines):
     def curve(column):
         return [(int(line['epoch']), float(line[column])) for line in lines if line.get(column) not in (None, '')]
 
-    losses = {'loss': 'black', 'confidence_loss': 'darkorange', 'localization_loss': 'steelblue'}
-    return draw_plots([Plot('loss', [(name.replace('_loss', ''), color, curve(name)) for name, color in losses.items()]),
+    colors = {'loss': 'black', 'confidence_loss': 'darkorange', 'localization_loss': 'steelblue'}
+    losses = [(name.replace('_loss', ''), color, curve(name)) for name, color in colors.items()]
+    return draw_plots([Plot('loss', losses),
                        Plot('learning rate', [(None, 'black', curve('lr'))]),
                        Plot('mAP', [(None, 'seagreen', curve('mAP'))], None, (0, 1))])
 
