@@ -312,6 +312,8 @@ class RunFiles:
             self.board = SummaryWriter(Path(output_folder, 'runs'))
 
     def show(self, values, step):
+        """Sends values to TensorBoard. Steps count from 1 over the whole training."""
+        self.step = step
         for name, value in values.items() if self.board else ():
             self.board.add_scalar(name, value, step)
 
@@ -327,7 +329,7 @@ class RunFiles:
         earlier = [float(line['mAP']) for line in self.lines if line.get('mAP') not in (None, '')]
         self.lines[-1]['mAP'] = mAP
         self.write_log()
-        self.show({'mAP': mAP}, self.lines[-1]['epoch'])
+        self.show({'mAP': mAP}, self.step)
         if not math.isnan(mAP) and mAP > max(earlier, default=-1):
             save_checkpoint(self.best, *state)
 

@@ -2,21 +2,15 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_sentence, make_voc, run_script
+from conftest import assert_one_sentence, make_voc, run_script
 from PIL import Image
 from torchvision.models.detection import SSD300_VGG16_Weights, ssd300_vgg16
 
 import detect
-import eval as evaluation
-import train
 from datasets import PascalVOCDataset
 from model import SSD300, MultiBoxLoss, from_torchvision, load_coco_model, load_model, start_from_checkpoint
 from utils import (InputError, autocast, create_data_lists, find_jaccard_overlap, make_label_colors, make_label_map,
@@ -39,29 +33,6 @@ def fruit_lists(tmp_path_factory):
 def save_checkpoint(path, model, label_map):
     torch.save({'epoch': 1, 'model': model.state_dict(), 'label_map': label_map, 'settings': {}}, path)
     return path
-
-
-# --------------------------------------------------------------------------------------- several processes
-
-def test_two_processes_with_batches_of_2_make_the_step_of_one_with_a_batch_of_4(fruit_lists, tmp_path):
-    settings = ['--data_folder', fruit_lists, '--epochs', 1, '--no-pretrained', '--no-augment', '--workers', 0,
-                '--grad_clip', 10]
-    launcher = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', ROOT / 'train.py']
-    two = subprocess.run([str(word) for word in (*launcher, *settings, '--batch_size', 2, '--output_folder',
-                                                 tmp_path / 'two')], capture_output=True, text=True, timeout=300,
-                         env={**os.environ, 'OMP_NUM_THREADS': '1'}, check=False)
-    one = run_script('train.py', *settings, '--batch_size', 4, '--output_folder', tmp_path / 'one')
-    assert two.returncode == one.returncode == 0, two.stderr + one.stderr
-    assert two.stdout.count('Saved') == two.stderr.count('| 0/1 [') == 1  # only the first process reports
-
-    after_two, after_one = (torch.load(tmp_path / name / 'checkpoint_ssd300.pth', weights_only=True)['model']
-                            for name in ('two', 'one'))
-    assert list(after_two) == list(after_one) == list(SSD300(4).state_dict())  # the bare network's
-    for name in after_one:
-        torch.testing.assert_close(after_two[name], after_one[name], rtol=0, atol=1e-5)
-    torch.manual_seed(0)
-    at_first = SSD300(4).state_dict()
-    assert any((after_one[name] - at_first[name]).abs().max() > 1e-4 for name in at_first)  # a step was made
 
 
 # ----------------------------------------------------------------------------------------- mixed precision
@@ -107,11 +78,11 @@ def test_in_bfloat16_the_loss_is_computed_in_float32_and_training_learns():
     assert losses[-1] < 0.2 * losses[0]
 
 
-@pytest.mark.parametrize('script', [train, evaluation, detect])
-def test_an_unknown_precision_is_refused(script, monkeypatch):
-    monkeypatch.setattr(script, 'precision', 'float8')
-    with pytest.raises(InputError, match='float8'):
-        script.check_settings()
+@pytest.mark.parametrize(('capabilities', 'enabled'), [({'avx512_bf16': True}, True), ({'avx2': True}, False)])
+def test_auto_is_bfloat16_where_the_cpu_computes_in_it(capabilities, enabled, monkeypatch):
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: capabilities, raising=False)
+    with autocast(torch.device('cpu'), 'auto'):
+        assert torch.is_autocast_enabled('cpu') == enabled
 
 
 # ------------------------------------------------------------------------------------------- other classes
@@ -242,30 +213,6 @@ def test_the_exported_network_gives_the_same_output_for_any_batch(model):
     with torch.no_grad():
         for ours, theirs in zip(model(image), exported(image)):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-
-
-def test_losses_go_to_tensorboard_where_it_is_installed_and_nowhere_else(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)  # importing it fails
-    assert train.open_board() is None
-
-    scalars = []
-
-    class SummaryWriter:
-        def __init__(self, folder):
-            assert Path(folder) == tmp_path / 'runs'
-
-        def add_scalar(self, name, value, step):
-            scalars.append((name, value, step))
-
-    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', types.SimpleNamespace(SummaryWriter=SummaryWriter))
-    monkeypatch.setattr(train, 'output_folder', str(tmp_path))
-    optimizer = types.SimpleNamespace(param_groups=[{'lr': 0.2}, {'lr': 0.1}])
-    progress = train.Progress(range(10), 3, optimizer, torch.device('cpu'), 1, False, train.open_board(),
-                              types.SimpleNamespace(pressed=False))
-    progress.update(torch.tensor([1.5, 0.25]), 4)
-    assert scalars[:4] == [('loss', 1.75, 31), ('loss/confidence', 1.5, 31), ('loss/localization', 0.25, 31),
-                           ('lr', 0.1, 31)]
-    assert scalars[4][0] == 'images_per_second' and scalars[4][1] > 0
 
 
 @pytest.fixture(scope='module')

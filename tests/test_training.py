@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -283,6 +284,18 @@ def test_the_log_is_drawn(run, tmp_path):
         assert len(picture.convert('RGB').getcolors(100_000)) > 5  # the lines' colors, the grid, the text
 
 
+def test_losses_rate_and_mAP_go_to_tensorboard_where_it_is_installed(run, tmp_path, monkeypatch):
+    scalars = []
+    writer = types.SimpleNamespace(add_scalar=lambda *scalar: scalars.append(scalar))
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', types.SimpleNamespace(SummaryWriter=lambda _: writer))
+    run(epochs=2, eval_every=2, warmup=0)
+    steps = {name: [step for key, _, step in scalars if key == name] for name, _, _ in scalars}
+    assert steps['loss'] == steps['loss/confidence'] == steps['loss/localization'] == steps['lr'] == [1, 2, 3, 4, 5, 6]
+    assert steps['mAP'] == [6]
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)  # importing it fails
+    run('without')
+
+
 # ----------------------------------------------------------------------------------------------------- the step
 
 def test_biases_learn_twice_as_fast(run):
@@ -387,6 +400,24 @@ def test_a_last_step_that_breaks_everything_leaves_the_checkpoint_untouched(how,
     with pytest.raises(InputError, match=complaint):
         run(checkpoint=run_path, epochs=2)
     assert Path(run_path).read_bytes() == before
+
+
+@pytest.mark.slow
+def test_of_two_processes_the_one_with_the_loss_that_is_not_finite_reports_it_alone(sample_lists, tmp_path):
+    script = tmp_path / 'two_processes.py'
+    script.write_text(TWO_PROCESSES.replace('utils.run_script', """import os
+if os.environ['RANK'] == '1':
+    train.MultiBoxLoss = test_training.breaking_loss(2, 'nan')
+utils.run_script"""))
+    process = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', str(script),
+                              '--data_folder', str(sample_lists), '--no-pretrained', '--workers', '0', '--epochs', '1',
+                              '--batch_size', '2', '--eval_every', 'None', '--output_folder', str(tmp_path / 'run')],
+                             capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
+    assert process.returncode != 0
+    assert process.stderr.count('Error: the loss is no longer finite in epoch 1, step 2 ') == 1, process.stderr
+    order = list(train.DistributedSampler(range(8), 2, 1, seed=0))
+    images = json.loads((sample_lists / 'TRAIN_images.json').read_text())
+    assert f'pictures: {images[order[2]]}, {images[order[3]]})' in process.stderr
 
 
 # ---------------------------------------------------------------------------------------------- what lies in the folder

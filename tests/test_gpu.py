@@ -1,0 +1,126 @@
+"""On a GPU: the same network, loss, matching and detections as on the CPU, without a single wait in a training step."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import train
+from model import MultiBoxLoss
+from utils import autocast, load_checkpoint
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+
+BOXES = [[[0.1, 0.2, 0.5, 0.7]], [], [[0.0, 0.1, 0.9, 0.9], [0.6, 0.6, 0.7, 0.8]], [[0.3, 0.3, 0.4, 0.5]]]
+LABELS = [[12], [], [15, 5], [1]]
+
+
+def objects(device):
+    return ([torch.tensor(boxes, device=device).view(-1, 4) for boxes in BOXES],
+            [torch.tensor(labels, dtype=torch.long, device=device) for labels in LABELS])
+
+
+@pytest.fixture(scope='module')
+def images():
+    return torch.randn(4, 3, 300, 300, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope='module')
+def on_gpu(model):
+    return copy.deepcopy(model).cuda().to(memory_format=torch.channels_last)
+
+
+@pytest.fixture(autouse=True)
+def exact_float32(monkeypatch):
+    """TF32, which convolutions use by default, keeps 10 bits: for a comparison too few."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', False)
+
+
+@torch.no_grad()
+def test_network_loss_matching_and_detections_are_those_of_the_cpu(model, on_gpu, images):
+    locs, scores = model(images)
+    gpu_locs, gpu_scores = on_gpu(images.cuda())
+    torch.testing.assert_close(gpu_locs.cpu(), locs, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(gpu_scores.cpu(), scores, rtol=1e-3, atol=1e-3)
+
+    criterion, gpu_criterion = MultiBoxLoss(model.priors_cxcy), MultiBoxLoss(on_gpu.priors_cxcy)
+    for ours, theirs in zip(criterion.match(*objects('cpu')), gpu_criterion.match(*objects('cuda'))):
+        assert torch.equal(ours, theirs.cpu())
+    # The same predictions from here on: what is compared is the loss and the detection.
+    loss = criterion(locs, scores, *objects('cpu'))
+    torch.testing.assert_close(gpu_criterion(locs.cuda(), scores.cuda(), *objects('cuda')).cpu(), loss)
+    found = model.detect_objects(locs, scores, 0.06, 0.45, 200)
+    gpu_found = on_gpu.detect_objects(locs.cuda(), scores.cuda(), 0.06, 0.45, 200)
+    for ours, theirs in zip(found[2], gpu_found[2]):
+        torch.testing.assert_close(theirs.cpu(), ours, rtol=1e-4, atol=1e-5)
+
+
+def one_step(network, criterion, optimizer, batch, progress):
+    train.train_epoch([batch], network, criterion, optimizer, 0, autocast(torch.device('cuda'), 'float32'), progress)
+
+
+class NoProgress:
+    def update(self, parts, n_images, rate):
+        self.parts = parts
+
+
+def test_a_training_step_never_waits_for_the_gpu(on_gpu, images):
+    network = copy.deepcopy(on_gpu)
+    criterion, optimizer = MultiBoxLoss(network.priors_cxcy).cuda(), train.make_optimizer(network, None)
+    boxes, labels = objects('cpu')
+    batch = (images.pin_memory(), [box.pin_memory() for box in boxes], [label.pin_memory() for label in labels], None)
+    one_step(network, criterion, optimizer, batch, NoProgress())  # chooses algorithms, makes the momentum
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        one_step(network, criterion, optimizer, batch, NoProgress())
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+@torch.no_grad()
+def test_bfloat16_is_close_to_float32(on_gpu, images):
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip('this GPU has no bfloat16')
+    locs, scores = on_gpu(images.cuda())
+    with autocast(torch.device('cuda'), 'auto'):
+        low_locs, low_scores = on_gpu(images.cuda())
+    assert low_locs.dtype == torch.bfloat16
+    assert (locs - low_locs).abs().max() < 0.05 * locs.abs().max()
+    assert (scores - low_scores).abs().max() < 0.05 * scores.abs().max()
+
+
+def run_train(sample_lists, folder, *settings, n_processes=1):
+    launcher = ['-m', 'torch.distributed.run', f'--nproc_per_node={n_processes}'] if n_processes > 1 else []
+    process = subprocess.run([sys.executable, *launcher, 'train.py', '--data_folder', str(sample_lists), '--workers',
+                              '0', '--output_folder', str(folder), '--eval_every', 'None', *map(str, settings)],
+                             cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert process.returncode == 0, process.stderr
+    return load_checkpoint(folder / 'checkpoint_ssd300.pth')
+
+
+def assert_close_training(one, other):
+    assert one['epoch'] == other['epoch']
+    for name, weights in one['model'].items():
+        torch.testing.assert_close(weights, other['model'][name], rtol=1e-2, atol=1e-3)
+
+
+def test_a_resumed_run_is_close_to_one_in_one_go(sample_lists, tmp_path):
+    flags = ['--no-pretrained', '--batch_size', 4, '--grad_clip', 10, '--decay_lr_at', 1.0]
+    in_one_go = run_train(sample_lists, tmp_path / 'in_one_go', *flags, '--epochs', 2)
+    run_train(sample_lists, tmp_path / 'resumed', *flags, '--epochs', 1)
+    resumed = run_train(sample_lists, tmp_path / 'resumed', '--checkpoint',
+                        tmp_path / 'resumed' / 'checkpoint_ssd300.pth', '--epochs', 2)
+    assert_close_training(in_one_go, resumed)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='no two CUDA devices')
+def test_two_gpus_with_batches_of_2_make_the_steps_of_one_with_batches_of_4(sample_lists, tmp_path):
+    flags = ['--no-pretrained', '--epochs', 1, '--grad_clip', 10]
+    one = run_train(sample_lists, tmp_path / 'one', *flags, '--batch_size', 4)
+    two = run_train(sample_lists, tmp_path / 'two', *flags, '--batch_size', 2, n_processes=2)
+    assert_close_training(one, two)
