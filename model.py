@@ -206,8 +206,8 @@ class PredictionConvolutions(nn.Module):
             # the order in which create_prior_boxes() makes the priors.
             loc = loc.permute(0, 2, 3, 1)  # (N, grid, grid, n_priors · 4)
             score = score.permute(0, 2, 3, 1)  # (N, grid, grid, n_priors · n_classes)
-            locs.append(loc.reshape(len(loc), -1, 4))  # (N, grid² · n_priors, 4)
-            scores.append(score.reshape(len(score), -1, self.n_classes))
+            locs.append(loc.reshape(loc.shape[0], -1, 4))  # (N, grid² · n_priors, 4)
+            scores.append(score.reshape(loc.shape[0], -1, self.n_classes))
         return torch.cat(locs, dim=1), torch.cat(scores, dim=1)
 
 
