@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from utils import InputError, read_image, require, transform
+from utils import IMAGENET_MEAN, IMAGENET_STD, InputError, read_image, require, transform
 
 
 class PascalVOCDataset(Dataset):
@@ -33,6 +33,7 @@ class PascalVOCDataset(Dataset):
         if self.split not in ('TRAIN', 'TEST'):
             raise InputError(f"split must be 'train' or 'test', not '{split}'")
         self.keep_difficult, self.seed, self.epoch = keep_difficult, seed, 0
+        self.image_mean, self.image_std = IMAGENET_MEAN, IMAGENET_STD
         self.augment = self.split == 'TRAIN' if augment is None else augment
 
         self.images = read_list(data_folder, f'{self.split}_images.json', list)
@@ -41,6 +42,10 @@ class PascalVOCDataset(Dataset):
         if len(self.images) != len(self.objects):
             raise InputError(f"'{data_folder}' has lists of {len(self.images)} images but of {len(self.objects)} "
                              'images\' objects: make them again with create_data_lists.py')
+
+    def normalize_for(self, model):
+        """Images are normalized as a network wants them: one from elsewhere has a mean and deviation of its own."""
+        self.image_mean, self.image_std = model.image_mean, model.image_std
 
     def set_epoch(self, epoch):
         """From the next DataLoader on, pictures are changed as is due in this epoch."""
@@ -63,7 +68,8 @@ class PascalVOCDataset(Dataset):
                 "the data lists were made of another one; make them again with create_data_lists.py")
         if not self.keep_difficult:
             boxes, labels, difficulties = boxes[~difficulties], labels[~difficulties], difficulties[~difficulties]
-        return transform(image, boxes, labels, difficulties, split='TRAIN' if self.augment else 'TEST')
+        return transform(image, boxes, labels, difficulties, 'TRAIN' if self.augment else 'TEST', self.image_mean,
+                         self.image_std)
 
     def collate_fn(self, batch):
         """Makes a batch of items: images stacked to (N, 3, 300, 300), all else as lists of N tensors, for their sizes

@@ -50,6 +50,7 @@ def main():
     dataset = PascalVOCDataset(data_folder, split, keep_difficult=True, augment=False)
     model, model_label_map = load_model(checkpoint)
     check_label_map(model_label_map, dataset.label_map)
+    dataset.normalize_for(model)
     model.to(device, memory_format=torch.channels_last)
     loader = make_test_loader(dataset, batch_size, workers, rank, n_processes, pin_memory=device.type == 'cuda')
 

@@ -14,13 +14,11 @@ from torch import distributed, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.models import VGG16_Weights
 from torchvision.models.detection import SSD300_VGG16_Weights
-from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
-from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms
 
-from utils import (IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, InputError, cxcy_to_gcxgcy, cxcy_to_xy,
-                   decimate, find_jaccard_overlap, gcxgcy_to_cxcy, load_checkpoint, make_label_map,
-                   several_processes, xy_to_cxcy)
+from utils import (IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, InputError, cxcy_to_gcxgcy, cxcy_to_xy, decimate,
+                   find_jaccard_overlap, gcxgcy_to_cxcy, is_checkpoint, make_label_map, read_checkpoint_file, require,
+                   several_processes, voc_labels, xy_to_cxcy)
 
 # ------------------------------------------------------------------------------------------ network
 
@@ -443,22 +441,25 @@ def best_first(scores, n):
     return best[scores[best].argsort(descending=True, stable=True)]
 
 
+class DetectorForExport(nn.Module):
+    """The network with decoding: images (N, 3, 300, 300) → boxes in fractional boundary coordinates (N, 8732, 4),
+    probabilities of the classes (N, 8732, n_classes). All of it is one graph; suppressing duplicates isn't part of it,
+    since the number of objects depends on the image."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model.decode(*self.model(images))
+
+
 # ------------------------------------------------------------------------------ weights from elsewhere
 
-def download_weights(source, instead) -> dict:
-    """The state dict of some of torchvision's pretrained weights, downloaded once. Raises InputError, telling what to
-    do instead, if that fails."""
-    try:
-        return source.get_state_dict(progress=True, check_hash=True, map_location='cpu', weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f'{source.url} can\'t be downloaded ({error}): {instead}, or put that file into '
-                         f'{torch.hub.get_dir()}/checkpoints') from None
-
-
 def load_model(checkpoint_path) -> tuple[SSD300, dict[str, int]]:
-    """The network of a checkpoint, on the CPU and ready for detection, and its label map. Raises InputError if the
-    checkpoint can't be used."""
-    checkpoint = load_checkpoint(checkpoint_path)
+    """The network of a checkpoint, on the CPU and ready for detection, and its label map. The checkpoint may be one of
+    train.py, of the tutorial's original code, or weights that `PEERS` knows. Raises InputError if it can't be used."""
+    checkpoint = load_any_checkpoint(checkpoint_path)
     model = SSD300(n_classes=len(checkpoint['label_map']))
     load_weights(model, checkpoint, checkpoint_path)
     return model.eval(), checkpoint['label_map']
@@ -471,20 +472,20 @@ def load_weights(model, checkpoint, checkpoint_path, class_heads=True):
                                   if name.startswith('pred_convs.cl_')}
     try:
         model.load_state_dict({**checkpoint['model'], **own})
-        # What else the network needs. Older checkpoints lack it: they are of networks with the values above.
-        if 'priors_cxcy' in checkpoint:
-            model.priors_cxcy.copy_(checkpoint['priors_cxcy'])
-            for name in ('image_mean', 'image_std', 'clip_boxes'):
-                setattr(model, name, checkpoint[name])
     except (RuntimeError, AttributeError, TypeError):
         raise InputError(f"checkpoint '{checkpoint_path}' doesn't hold the weights of an SSD300 with {model.n_classes} "
                          'classes: name one that train.py wrote') from None
+    # What else a network needs. Checkpoints without it are of networks like a new one.
+    if 'priors_cxcy' in checkpoint:
+        model.priors_cxcy.copy_(checkpoint['priors_cxcy'])
+        for name in ('image_mean', 'image_std', 'clip_boxes'):
+            setattr(model, name, checkpoint[name])
 
 
 def start_from_checkpoint(model, checkpoint_path, label_map):
     """Fine-tuning: puts a checkpoint's weights into a new network, those of the class heads only if its classes are
     the same. Says which. Raises InputError if the checkpoint can't be used."""
-    checkpoint = load_checkpoint(checkpoint_path)
+    checkpoint = load_any_checkpoint(checkpoint_path)
     same_classes = checkpoint['label_map'] == label_map
     load_weights(model, checkpoint, checkpoint_path, class_heads=same_classes)
     print(f'Fine-tuning {checkpoint_path}'
@@ -492,44 +493,112 @@ def start_from_checkpoint(model, checkpoint_path, label_map):
 
 
 def load_coco_model() -> tuple[SSD300, dict[str, int]]:
-    """torchvision's SSD300, trained on COCO, as an SSD300 of ours ready for detection, and the label map of COCO's
-    classes. Raises InputError if its weights (a download of 136 MB, once) can't be had."""
-    source = SSD300_VGG16_Weights.COCO_V1
-    model = from_torchvision(download_weights(source, 'choose another checkpoint'))
+    """torchvision's SSD300, trained on COCO, ready for detection, and the label map of COCO's classes. Raises
+    InputError if its weights (a download of 136 MB, once) can't be had."""
+    checkpoint = from_peer(download_weights(SSD300_VGG16_Weights.COCO_V1, 'choose another checkpoint'), 'torchvision')
+    model = SSD300(n_classes=len(checkpoint['label_map']))
+    load_weights(model, checkpoint, 'coco')
+    return model.eval(), checkpoint['label_map']
+
+
+def download_weights(source, instead) -> dict:
+    """The state dict of some of torchvision's pretrained weights, downloaded once. Raises InputError, telling what to
+    do instead, if that fails."""
+    try:
+        return source.get_state_dict(progress=True, check_hash=True, map_location='cpu', weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f'{source.url} can\'t be downloaded ({error}): {instead}, or put that file into '
+                         f'{torch.hub.get_dir()}/checkpoints') from None
+
+
+class Peer(NamedTuple):
+    """How another implementation calls the very same 71 tensors, and what it does otherwise."""
+    base: list[str]  # names of the fifteen convolutions conv1_1 … conv7
+    rescale_factors: str
+    auxiliary: list[str]  # of the eight convolutions conv8_1 … conv11_2
+    loc: str  # of the six localization convolutions, with {} for 0 … 5
+    cl: str  # of the six class convolutions
+    scales: tuple[float, ...]  # of the priors, and of the last extra one
+    image_mean: list[float]
+    image_std: list[float]
+    clip_boxes: bool
+
+
+VGG_PLACES = [*VGG16_PLACES, 31, 33]  # conv6 and conv7 behind pool5
+CAFFE_PREPROCESSING = [123 / 255, 117 / 255, 104 / 255], [1 / 255] * 3, False  # RGB from 0 to 255, minus the mean
+CAFFE_SCALES = (0.1, 0.2, 0.37, 0.54, 0.71, 0.88, 1.05)
+PEERS = {
+    'amdegroot/ssd.pytorch': Peer([f'vgg.{i}' for i in VGG_PLACES], 'L2Norm.weight', [f'extras.{i}' for i in range(8)],
+                                  'loc.{}', 'conf.{}', CAFFE_SCALES, *CAFFE_PREPROCESSING),
+    'lufficc/SSD': Peer([f'backbone.vgg.{i}' for i in VGG_PLACES], 'backbone.l2_norm.weight',
+                        [f'backbone.extras.{i}' for i in range(8)], 'box_head.predictor.reg_headers.{}',
+                        'box_head.predictor.cls_headers.{}', CAFFE_SCALES, *CAFFE_PREPROCESSING),
+    'torchvision': Peer([*(f'backbone.features.{i}' for i in VGG16_PLACES[:10]),
+                         *(f'backbone.extra.0.{i}' for i in ('1', '3', '5', '7.1', '7.3'))], 'backbone.scale_weight',
+                        [f'backbone.extra.{i}.{j}' for i in range(1, 5) for j in (0, 2)],
+                        'head.regression_head.module_list.{}', 'head.classification_head.module_list.{}',
+                        (0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05), [0.48235, 0.45882, 0.40784], [1 / 255] * 3, True),
+}
+
+
+def load_any_checkpoint(path) -> dict:
+    """A checkpoint of ours, or weights of one of the peers in the same form: other things in its file, and under
+    which key the weights are, don't matter. Raises InputError if it is something else."""
+    content = read_checkpoint_file(path)
+    for weights in (content, content.get('model')) if isinstance(content, dict) else ():
+        for name, peer in PEERS.items():
+            if isinstance(weights, dict) and peer.rescale_factors in weights:
+                try:
+                    return from_peer(weights, name)
+                except (KeyError, AttributeError, RuntimeError) as error:
+                    raise InputError(f"'{path}' has names of {name} but not the weights of its SSD300 with VOC's or "
+                                     f"COCO's classes ({error}): name another file") from None
+    require(is_checkpoint(content), f"'{path}' holds no weights that are known here: name a checkpoint of train.py or "
+                                    f"of the original tutorial, or weights of {', '.join(PEERS)}")
+    return content
+
+
+def from_peer(state_dict, name) -> dict:
+    """Weights of one of the `PEERS` as a checkpoint of ours, which predicts the same."""
+    peer = PEERS[name]
+    with torch.device('meta'):  # for the names of its layers alone
+        own_names = [f'{part}.{name}' for part, module in (('base', VGGBase()), ('aux_convs', AuxiliaryConvolutions()))
+                     for name, _ in module.named_children()]
+    theirs = dict(zip(own_names, [*peer.base, *peer.auxiliary], strict=True))
+    weights = {'rescale_factors': state_dict[peer.rescale_factors].view(1, 512, 1, 1)}
+    for kind in ('weight', 'bias'):
+        for own_name, their_name in theirs.items():
+            weights[f'{own_name}.{kind}'] = state_dict[f'{their_name}.{kind}']
+        for i, feature_map in enumerate(FEATURE_MAPS):
+            # At each position, their priors come in the order 1, extra, 2, 1/2, 3, 1/3.
+            n_priors = feature_map.n_priors
+            order = [0, 1, 2, 4, 3, 5] if n_priors == 6 else [0, 1, 2, 3]  # where our priors stand among theirs
+            for own_head, their_head in (('loc', peer.loc), ('cl', peer.cl)):
+                channels = state_dict[f'{their_head.format(i)}.{kind}'].unflatten(0, (n_priors, -1))
+                weights[f'pred_convs.{own_head}_{feature_map.name}.{kind}'] = channels[order].flatten(0, 1)
+    n_classes = len(weights['pred_convs.cl_conv11_2.bias']) // FEATURE_MAPS[5].n_priors
+    return {'epoch': 0, 'model': weights, 'label_map': peer_label_map(n_classes), 'settings': {},
+            'priors_cxcy': caffe_priors(peer.scales), 'image_mean': peer.image_mean, 'image_std': peer.image_std,
+            'clip_boxes': peer.clip_boxes}
+
+
+def peer_label_map(n_classes) -> dict[str, int]:
+    """The label map of VOC for 21 classes, of COCO for torchvision's 91. Raises KeyError for another number."""
     # Some of COCO's 91 numbers stand for no class: torchvision calls all of them "N/A".
-    labels = [f'N/A {i}' if label == 'N/A' else label for i, label in enumerate(source.meta['categories'])]
-    return model.eval(), make_label_map(labels[1:])
+    coco = [f'N/A {i}' if label == 'N/A' else label
+            for i, label in enumerate(SSD300_VGG16_Weights.COCO_V1.meta['categories'])]
+    return make_label_map({21: voc_labels, 91: coco[1:]}[n_classes])
 
 
-def from_torchvision(state_dict) -> SSD300:
-    """An SSD300 of ours that predicts what torchvision's `ssd300_vgg16` with these weights does.
-
-    The convolutions are the same, one to one. But torchvision's priors have other sizes and, at each position, the
-    order 1, extra, 2, 1/2, 3, 1/3; images are normalised in another way; and boxes are cut at the image's edges.
-    """
-    backbone = [tensor for name, tensor in state_dict.items()
-                if name.startswith(('backbone.features', 'backbone.extra'))]
-    model = SSD300(n_classes=len(state_dict['head.classification_head.module_list.5.bias']) // FEATURE_MAPS[5].n_priors)
-    own = [name for name in model.state_dict() if name.startswith(('base', 'aux_convs'))]
-    weights = {'rescale_factors': state_dict['backbone.scale_weight'].view(1, -1, 1, 1),
-               **dict(zip(own, backbone, strict=True))}
-
-    generator = DefaultBoxGenerator([[2], [2, 3], [2, 3], [2, 3], [2], [2]], steps=[8, 16, 32, 64, 100, 300],
-                                    scales=[0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05])
-    image = ImageList(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE), [(IMAGE_SIZE, IMAGE_SIZE)])
-    theirs, = generator(image, [torch.zeros(1, 1, feature_map.grid, feature_map.grid) for feature_map in FEATURE_MAPS])
-    theirs = xy_to_cxcy(theirs / IMAGE_SIZE).split([feature_map.grid ** 2 * feature_map.n_priors
-                                                    for feature_map in FEATURE_MAPS])
+def caffe_priors(scales):
+    """The priors of the authors' Caffe code and of those who follow it, in our order, center-size (8732, 4): like ours,
+    but of other scales, with centers in steps of whole pixels, and cut at 1 in center-size coordinates."""
     priors = []
-    for i, (feature_map, prior_boxes) in enumerate(zip(FEATURE_MAPS, theirs)):
-        n_priors = feature_map.n_priors
-        order = [0, 1, 2, 4, 3, 5] if n_priors == 6 else [0, 1, 2, 3]  # where our priors stand among theirs
-        priors.append(prior_boxes.view(-1, n_priors, 4)[:, order].flatten(0, 1))
-        for ours, head in (('loc', 'regression'), ('cl', 'classification')):
-            for kind in ('weight', 'bias'):
-                channels = state_dict[f'head.{head}_head.module_list.{i}.{kind}'].unflatten(0, (n_priors, -1))
-                weights[f'pred_convs.{ours}_{feature_map.name}.{kind}'] = channels[order].flatten(0, 1)
-    model.load_state_dict(weights)
-    model.priors_cxcy = torch.cat(priors)  # (8732, 4)
-    model.image_mean, model.image_std, model.clip_boxes = [0.48235, 0.45882, 0.40784], [1 / 255] * 3, True
-    return model
+    for (_, _, grid, _, ratios), scale, next_scale, step in zip(FEATURE_MAPS, scales, scales[1:],
+                                                                (8, 16, 32, 64, 100, 300)):
+        ratios = [1 / 3 if ratio == 0.333 else ratio for ratio in ratios]
+        sizes = [(scale * sqrt(ratio), scale / sqrt(ratio)) for ratio in ratios]
+        sizes.insert(1, (sqrt(scale * next_scale),) * 2)
+        priors += [((column + 0.5) * step / IMAGE_SIZE, (row + 0.5) * step / IMAGE_SIZE, w, h)
+                   for row in range(grid) for column in range(grid) for w, h in sizes]
+    return torch.tensor(priors).clamp(0, 1)

@@ -81,12 +81,12 @@ def main(given=()):
     torch.backends.cudnn.benchmark = True  # all inputs have one size: cuDNN may try which algorithm is fastest
 
     dataset = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult, augment, seed)
-    test_loader = eval_every and make_test_loader(PascalVOCDataset(data_folder, 'TEST', keep_difficult=True),
-                                                  batch_size, workers, rank, n_processes, device.type == 'cuda')
     # DistributedSampler shuffles, and deals the pictures to the processes. To its seed it adds the epoch, which
     # must not lead to the order of another seed.
     sampler = DistributedSampler(dataset, n_processes, rank, seed=seed * 1_000_003)
     model = make_model(dataset.label_map, resumed, rank == 0).to(device, memory_format=torch.channels_last)
+    dataset.normalize_for(model)
+    test_loader = make_watching_loader(model, rank, n_processes, device) if eval_every else None
     network = share_gradients(model) if n_processes > 1 else model
     criterion = MultiBoxLoss(model.priors_cxcy, localization=localization).to(device)
     optimizer = make_optimizer(model, resumed)
@@ -185,6 +185,13 @@ def take_over_settings(resumed, given):
             print(f'{name} is {globals()[name]} from now on; the checkpoint had {before[name]}')
     require(resumed['epoch'] < epochs,
             f"checkpoint '{checkpoint}' has {resumed['epoch']} epochs behind it already: set epochs to more than that")
+
+
+def make_watching_loader(model, rank, n_processes, device):
+    """Gives the test pictures, difficult objects included: finding one must not be counted as an error."""
+    dataset = PascalVOCDataset(data_folder, 'TEST', keep_difficult=True)
+    dataset.normalize_for(model)
+    return make_test_loader(dataset, batch_size, workers, rank, n_processes, device.type == 'cuda')
 
 
 def make_model(label_map, resumed, is_main):

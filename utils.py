@@ -23,7 +23,6 @@ import pickle
 import random
 import re
 import signal
-import struct
 import sys
 import typing
 import warnings
@@ -440,14 +439,15 @@ def look_through(image, window=None, mirror=False, distort=False, mean=IMAGENET_
     return canvas
 
 
-def transform(image, boxes, labels, difficulties, split):
+def transform(image, boxes, labels, difficulties, split, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """A picture and its objects made ready for the network; for training, changed at random.
 
     :param image: PIL image, mode RGB
     :param boxes: absolute boundary coordinates, float (n, 4); a side's last pixel belongs to the object
     :param labels: (n)
     :param difficulties: (n)
-    :param split: 'TRAIN' zooms out, crops, mirrors and distorts colours; 'TEST' only resizes
+    :param split: 'TRAIN' zooms out, crops, mirrors and distorts colors; 'TEST' only resizes
+    :param mean, std: with which the network wants images normalized, RGB in [0, 1]
     :return: image (3, 300, 300), boxes in fractional boundary coordinates (m, 4), labels (m), difficulties (m);
         a crop may drop objects, but never all of them. What was passed in stays as it was.
     """
@@ -461,7 +461,7 @@ def transform(image, boxes, labels, difficulties, split):
         labels, difficulties = labels[kept], difficulties[kept]
         mirror = random.random() < 0.5
 
-    image = look_through(image, window, mirror, distort=train)
+    image = look_through(image, window, mirror, train, mean, std)
 
     left, top, right, bottom = window
     width, height = right - left, bottom - top
@@ -706,47 +706,42 @@ def save_checkpoint(path, epoch, model, optimizer, label_map, settings):
                     'clip_boxes': model.clip_boxes}, file)
 
 
-def load_checkpoint(path) -> dict:
-    """What `save_checkpoint` wrote, or what `read_published_checkpoint` can read, with its tensors on the CPU. No code
-    from the file is run. Raises InputError if the file is missing, damaged or something else."""
+def read_checkpoint_file(path):
+    """The content of a file that torch.save wrote, with its tensors on the CPU: a checkpoint of ours, or weights from
+    elsewhere. No code from the file is run. Raises InputError if the file is missing, damaged or something else."""
     try:
-        with open(path, 'rb') as file:
-            published = file.read(len(PUBLISHED_MAGIC)) == PUBLISHED_MAGIC
-            file.seek(0)
-            if published:
-                checkpoint = read_published_checkpoint(file)
-            else:
-                with zipfile.ZipFile(file) as archive:
-                    if damaged := archive.testzip():  # compares the checksums, which torch.load doesn't look at
-                        raise ValueError(damaged)
-                file.seek(0)
-                checkpoint = torch.load(file, map_location='cpu', weights_only=True)
+        try:
+            return torch.load(path, map_location='cpu', weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+            if any(name.endswith('/constants.pkl') for name in names):
+                raise ValueError('a TorchScript archive') from error  # a program, which torch.load would start
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # that the source code of the original's classes is missing
+                content = torch.load(path, map_location='cpu', weights_only=False, pickle_module=InertPickle)
+            return original_checkpoint(content)
     except FileNotFoundError:
         raise InputError(f"checkpoint '{path}' isn't there: train one with train.py, or name another one") from None
     except Exception as error:  # a file of any content may raise anything
-        reason = "it is damaged or wasn't written by train.py"
-        if isinstance(error, OSError) and error.filename:  # from open(); in a damaged file, a seek may fail as well
-            reason = error.strerror
-        elif refused := isinstance(error, pickle.UnpicklingError) and re.search(r'GLOBAL (\S+)', str(error)):
-            reason = f'it asks for {refused[1][:100]!r}, which no checkpoint needs; nothing of it was run'
+        reason = (error.strerror if isinstance(error, OSError) and error.filename
+                  else "it is damaged or wasn't written by train.py")
         raise InputError(f"checkpoint '{path}' can't be loaded: {reason}") from None
-    require(is_checkpoint(checkpoint), f"'{path}' isn't a checkpoint of this project: name one that train.py wrote")
-    return checkpoint
+
+
+def load_checkpoint(path) -> dict:
+    """What `save_checkpoint` wrote, or the original code's checkpoint in the same form, with its tensors on the CPU.
+    Raises InputError if the file is missing, damaged or something else."""
+    content = read_checkpoint_file(path)
+    require(is_checkpoint(content), f"'{path}' isn't a checkpoint of this project: name one that train.py wrote")
+    return content
 
 
 def is_checkpoint(content) -> bool:
     """Whether the content of a file has the parts of a checkpoint. Whether its weights fit the network, only the
     network knows."""
-    if not isinstance(content, dict) or not {'epoch', 'model', 'label_map'} <= content.keys():
-        return False
-    if not all(isinstance(content.get(name, {}), dict)
-               for name in ('model', 'label_map', 'optimizer', 'settings')):
-        return False
-    labels, indices = content['label_map'].keys(), content['label_map'].values()
-    return (type(content['epoch']) is int and content['epoch'] >= 0
-            and all(type(name) is str and isinstance(tensor, torch.Tensor) for name, tensor in content['model'].items())
-            and all(type(label) is str for label in labels) and all(type(index) is int for index in indices)
-            and sorted(indices) == list(range(len(labels))) and content['label_map'].get('background') == 0)
+    parts = ('model', 'label_map', 'optimizer', 'settings')
+    return (isinstance(content, dict) and {'epoch', 'model', 'label_map'} <= content.keys()
+            and all(isinstance(content.get(name, {}), dict) for name in parts))
 
 
 def check_label_map(checkpoint_label_map, data_label_map):
@@ -756,144 +751,48 @@ def check_label_map(checkpoint_label_map, data_label_map):
             'lists and a checkpoint that belong together')
 
 
-# The tutorial's published checkpoint_ssd300.pth.tar, which reaches 77.2 mAP, comes from the first years of PyTorch: in
-# it, torch.save pickled the whole network and the whole optimizer. Unpickling calls whatever a file says. So here all
-# that the file names is replaced by a stand-in that does nothing, and only the network's parameters are taken.
+# The tutorial's original code pickled the whole network and the whole optimizer: so do its published weights, which
+# reach 77.2 mAP, and all that others have trained with it. Unpickling calls whatever a file says. So only what tensors
+# are made of is resolved; all else that a file names becomes a stand-in, and of that, only parameters are used.
 
-PUBLISHED_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # with it, such a file begins
-
-OWN_NAMES = {'SSD300', 'VGGBase', 'AuxiliaryConvolutions', 'PredictionConvolutions'}
-PUBLISHED_NAMES = {
-    'model': OWN_NAMES, '__main__': OWN_NAMES,
-    'torch.nn.modules.conv': {'Conv2d'}, 'torch.nn.modules.pooling': {'MaxPool2d'}, 'torch.nn.parameter': {'Parameter'},
-    'torch.nn.backends.thnn': {'_get_thnn_function_backend'},
-    'torch.optim.sgd': {'SGD'}, 'torch.optim.optimizer': {'_RequiredParameter'},
-    'torch._utils': {'_rebuild_tensor', '_rebuild_tensor_v2', '_rebuild_parameter'},
-    'torch': {'FloatStorage', 'DoubleStorage', 'HalfStorage', 'LongStorage', 'IntStorage', 'ByteStorage'},
-    'collections': {'OrderedDict', 'defaultdict'}, 'builtins': {'dict', 'set'}, '__builtin__': {'dict', 'set'},
-}
-
-# All that torch.save used of pickle's language: with some other operations, a few bytes can claim gigabytes.
-PUBLISHED_OPERATIONS = (
-    pickle.PROTO, pickle.MARK, pickle.STOP, pickle.GLOBAL, pickle.BINPERSID, pickle.REDUCE, pickle.NEWOBJ, pickle.BUILD,
-    pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE,
-    pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.BINUNICODE, pickle.EMPTY_TUPLE,
-    pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS)
-
-N_TENSORS = 71  # in the state dict of an SSD300
-BYTES_PER_VALUE = {'FloatStorage': 4, 'DoubleStorage': 8, 'HalfStorage': 2, 'LongStorage': 8, 'IntStorage': 4,
-                   'ByteStorage': 1}
+RESOLVED = {('torch._utils', '_rebuild_tensor'), ('torch._utils', '_rebuild_tensor_v2'),
+            ('torch._utils', '_rebuild_parameter'), ('torch.nn.parameter', 'Parameter'), ('collections', 'OrderedDict')}
 
 
-class _StandIn(dict):
-    """Takes the place of a class or function: when called, it keeps the arguments, as an object its state, as a
-    dictionary its items."""
-
-    __hash__, __eq__ = object.__hash__, object.__eq__  # the optimizer has parameters as keys
-
-    def __new__(cls, *args):
-        self = super().__new__(cls)
-        self.args, self.state = args[:4], {}  # four describe a tensor; keeping any number would fill the memory
-        return self
+class StandIn(dict):
+    """Takes the place of any class or function: when called, it does nothing; as an object, it keeps its state."""
 
     def __init__(self, *args):
-        """Keeps dict from copying the arguments."""
+        """Keeps dict from reading the arguments."""
 
     def __setstate__(self, state):
         self.state = state
 
-
-class _PublishedUnpickler(pickle._Unpickler):  # Python's own, whose operations can be chosen; those of C's can't
-    # Tuples become lists. These can't be keys: to hash a tuple that is nested a million deep crashes Python.
-    dispatch: typing.ClassVar = {
-        **{code[0]: pickle._Unpickler.dispatch[code[0]] for code in PUBLISHED_OPERATIONS},
-        pickle.TUPLE[0]: pickle._Unpickler.load_list, pickle.TUPLE1[0]: lambda self: self.load_short_list(1),
-        pickle.TUPLE2[0]: lambda self: self.load_short_list(2), pickle.TUPLE3[0]: lambda self: self.load_short_list(3)}
-
-    def __init__(self, file):
-        super().__init__(file)
-        self.storages = {}  # key: name of the type, number of values
-
-    def load_short_list(self, n):
-        self.stack[-n:] = [self.stack[-n:]]
-
-    def find_class(self, module, name):
-        if name not in PUBLISHED_NAMES.get(module, ()):
-            raise pickle.UnpicklingError(f'GLOBAL {module}.{name}')  # as torch.load says it
-        return type(name, (_StandIn,), {})
-
-    def persistent_load(self, saved_id):
-        kind, *content = saved_id
-        if kind == 'module':  # a class, with its source code and the file it was in: of no use here
-            return content[0]
-        storage_type, key, _device, n_values, view = content
-        if kind != 'storage' or view is not None:
-            raise ValueError('something else than a class or a whole storage')
-        self.storages[key] = storage_type.__name__, n_values
-        return key
+    __hash__ = object.__hash__  # the optimizer has objects as keys
 
 
-def read_published_checkpoint(file) -> dict:
-    """The weights in the tutorial's published checkpoint, an open file, as a checkpoint of ours without a training to
-    go on with: epoch, model (state dict) and label_map. What isn't such a file raises all sorts of exceptions."""
-    for _ in range(3):  # magic number, version of the format, properties of the computer
-        _PublishedUnpickler(file).load()
-    unpickler = _PublishedUnpickler(file)
-    content = unpickler.load()
+class InertPickle:
+    """In place of the module pickle, for torch.load."""
 
-    # Behind the objects, the file lists the keys of all storages; then follow, for each, the number of its values and
-    # the values themselves. A file can claim any number: it is compared with the file's size before it is used.
-    file_size, places = os.fstat(file.fileno()).st_size, {}
-    for key in _PublishedUnpickler(file).load():
-        kind, n_values = unpickler.storages[key]
-        stored, = struct.unpack('<q', file.read(8))
-        start = file.tell()
-        end = start + stored * BYTES_PER_VALUE[kind]
-        if stored != n_values or not start <= end <= file_size:
-            raise ValueError('a storage of the wrong size')
-        if kind == 'FloatStorage':
-            places[key] = start, n_values
-        file.seek(end)
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            return super().find_class(module, name) if (module, name) in RESOLVED else type(name, (StandIn,), {})
 
-    model = {}
-    for name, parameter in _published_parameters(content['model']):
-        # A Parameter is called with a tensor, a tensor with its storage, offset, size and strides.
-        tensor = parameter.args[0] if isinstance(parameter.args[0], _StandIn) else parameter
-        key, offset, size, strides = tensor.args
-        start, n_values = places.pop(key)  # no second time: many large tensors of one storage would fill the memory
-        last = offset + sum((n - 1) * stride for n, stride in zip(size, strides, strict=True))
-        if min(offset, *size, *strides) < 0 or not last < n_values >= math.prod(size):
-            raise ValueError('a tensor that reaches beyond its storage')
-        file.seek(start)
-        values = torch.frombuffer(bytearray(file.read(4 * n_values)), dtype=torch.float32)
-        model[name] = values.as_strided(size, strides, offset)
-        if len(model) > N_TENSORS:
-            break
-    if len(model) != N_TENSORS:
-        raise ValueError('not the tensors of an SSD300')
+    @staticmethod
+    def load(file, **options):
+        return InertPickle.Unpickler(file, **options).load()
+
+
+def original_checkpoint(content) -> dict:
+    """A checkpoint of the original code as one of ours, without a training to go on with."""
+    def parameters(module, prefix=''):
+        for name, parameter in module.state['_parameters'].items():
+            yield prefix + name, parameter.detach()
+        for name, child in module.state['_modules'].items():
+            yield from parameters(child, f'{prefix}{name}.')
+
     # It counts epochs from 0 and names the last one; we count those that are finished.
-    return {'epoch': content['epoch'] + 1, 'model': model, 'label_map': dict(label_map)}
-
-
-def _published_parameters(module, prefix=''):
-    """(name, parameter) of a module and of those within it."""
-    if len(prefix) > 100:
-        raise ValueError('modules nested too deep')
-    state, module.state = module.state, {}  # no second time: modules within each other would never end
-    for name, parameter in state.get('_parameters', {}).items():
-        yield prefix + name, parameter
-    for name, child in state.get('_modules', {}).items():
-        yield from _published_parameters(child, f'{prefix}{name}.')
-
-
-def convert_checkpoint(source, target):
-    """Writes the tutorial's published checkpoint in our format:
-
-    python -c "import utils; utils.convert_checkpoint('checkpoint_ssd300.pth.tar', 'checkpoint_ssd300.pth')"
-    """
-    checkpoint = load_checkpoint(source)
-    with replaced_file(target) as file:
-        torch.save(checkpoint, file)
+    return {'epoch': content['epoch'] + 1, 'model': dict(parameters(content['model'])), 'label_map': dict(label_map)}
 
 
 # --------------------------------------------------------------------------------------- script settings

@@ -12,7 +12,7 @@ from torchvision.models.detection import SSD300_VGG16_Weights, ssd300_vgg16
 
 import detect
 from datasets import PascalVOCDataset
-from model import SSD300, MultiBoxLoss, from_torchvision, load_coco_model, load_model, start_from_checkpoint
+from model import SSD300, MultiBoxLoss, load_coco_model, load_model, start_from_checkpoint
 from utils import (InputError, autocast, create_data_lists, find_jaccard_overlap, make_label_colors, make_label_map,
                    voc_labels)
 
@@ -204,51 +204,18 @@ def test_copies_of_the_same_name_do_not_overwrite_each_other(album, tmp_path, mo
     assert not (tmp_path / 'found').exists()
 
 
-# ----------------------------------------------------------------------------- export, TensorBoard, COCO
+# ------------------------------------------------------------------------------------------------- COCO
 
-def test_the_exported_network_gives_the_same_output_for_any_batch(model):
-    batch = torch.export.Dim('batch')
-    exported = torch.export.export(model, (torch.rand(2, 3, 300, 300),), dynamic_shapes={'images': {0: batch}}).module()
-    image = torch.rand(1, 3, 300, 300)
-    with torch.no_grad():
-        for ours, theirs in zip(model(image), exported(image)):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-
-
-@pytest.fixture(scope='module')
-def coco():
-    """torchvision's network for COCO's 91 classes, with random weights, and ours made of it."""
-    torch.manual_seed(0)
-    theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=91, score_thresh=0.02, nms_thresh=0.45,
-                          topk_candidates=8732).eval()
-    return theirs, from_torchvision(theirs.state_dict()).eval()
-
-
-def test_the_coco_network_detects_what_torchvisions_own_does(coco):
-    theirs, ours = coco
-    torch.manual_seed(1)
-    images = torch.rand(2, 3, 300, 300)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (ours.image_mean, ours.image_std))
-    with torch.no_grad():
-        expected = theirs(list(images))
-        boxes, labels, scores = ours.detect_objects(*ours((images - mean) / std), 0.02, 0.45, 200)
-    for i in range(2):
-        assert len(scores[i]) == len(expected[i]['scores']) > 100
-        assert torch.equal(labels[i], expected[i]['labels'])
-        torch.testing.assert_close(scores[i], expected[i]['scores'], rtol=0, atol=1e-2)
-        torch.testing.assert_close(boxes[i] * 300, expected[i]['boxes'], rtol=0, atol=0.5)
-
-
-def test_coco_as_checkpoint_runs_torchvisions_weights_with_its_labels(coco, tmp_path, monkeypatch):
-    theirs, ours = coco
+@pytest.mark.slow
+def test_coco_as_checkpoint_runs_torchvisions_weights_with_its_labels(tmp_path, monkeypatch):
+    theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=91)
     folder = tmp_path / 'hub' / 'checkpoints'
     folder.mkdir(parents=True)
     torch.save(theirs.state_dict(), folder / SSD300_VGG16_Weights.COCO_V1.url.rsplit('/', 1)[1])
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     loaded, label_map = load_coco_model()
-    assert len(label_map) == 91 and label_map['person'] == 1 and label_map['toothbrush'] == 90
-    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), ours.state_dict().values()))
-    assert torch.equal(loaded.priors_cxcy, ours.priors_cxcy)
+    assert len(label_map) == 91 and label_map['person'] == 1
+    assert torch.equal(loaded.base.conv1_1.weight, theirs.backbone.features[0].weight)
 
 
 def test_coco_weights_that_cannot_be_downloaded_are_told_in_one_sentence(tmp_path, monkeypatch):

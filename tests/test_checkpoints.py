@@ -39,7 +39,9 @@ def save(path, epoch=3):
 def parts(content):
     """All values within nested containers, and the containers."""
     yield content
-    for value in content.items() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ():
+    if isinstance(content, dict):
+        content = list(content.items())
+    for value in content if isinstance(content, (list, tuple)) else ():
         yield from parts(value)
 
 
@@ -188,6 +190,13 @@ def test_what_is_no_checkpoint_is_refused_in_one_sentence(tmp_path):
         refusal(path, "isn't a checkpoint of this project")
 
 
+@pytest.mark.filterwarnings('ignore')  # TorchScript is deprecated
+def test_a_torchscript_archive_is_refused_before_it_is_run(tmp_path, monkeypatch):
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / 'script.pth')
+    monkeypatch.setattr(torch.jit, 'load', lambda *_, **__: pytest.fail('run'))
+    refusal(tmp_path / 'script.pth', "can't be loaded")
+
+
 class Call:
     """Is pickled as the call of a function."""
 
@@ -201,7 +210,8 @@ class Call:
 @pytest.mark.parametrize('zipped', [True, False])
 def test_a_checkpoint_with_a_hostile_pickle_runs_nothing_of_it(zipped, tmp_path):
     path, harm = tmp_path / 'checkpoint.pth', tmp_path / 'harm'
-    content = {'epoch': 1, 'model': {}, 'label_map': LABEL_MAP, 'optimizer': {'deep': [Call(os.system, f'touch {harm}')]}}
+    payload = Call(os.system, f'touch {harm}')
+    content = {'epoch': 1, 'model': {}, 'label_map': LABEL_MAP, 'optimizer': {'deep': [payload]}}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     refusal(path, 'checkpoint')
     assert not harm.exists()
