@@ -1,11 +1,11 @@
 """Measures the mean average precision (mAP) of a trained SSD300, by the rules of PASCAL VOC 2007.
 
-    python eval.py                     # checkpoint_ssd300.pth on the test split
-    python eval.py --split train       # on what it was trained with: has it learned at all?
-    torchrun --nproc_per_node=4 eval.py          # the same on four GPUs
+    python eval.py                       # checkpoint_ssd300.pth on the test split
+    python eval.py --split train         # on what it was trained with: has it learned at all?
+    torchrun --nproc_per_node=4 eval.py  # the same on four GPUs
 
 Needs the data lists of create_data_lists.py. Prints a table of the classes, and writes it as report.json, with the
-precision–recall curves as precision_recall.png, to output_folder.
+precision–recall curves as precision_recall.png, to output_folder; with --save_results, the detections as well.
 """
 
 import json
@@ -24,8 +24,8 @@ from datasets import PascalVOCDataset
 from model import load_model
 from utils import (PRECISIONS, Plot, area_under_curve, autocast, average_precision, calculate_mAP, check_label_map,
                    draw_plots, ignore_ctrl_c, join_processes, label_map, make_folder, make_label_colors,
-                   mean_of_classes, rank_detections, replaced_file, require, run_script, several_processes,
-                   warn_about_workers)
+                   mean_of_classes, picture_size, rank_detections, replaced_file, require, run_script,
+                   several_processes, warn_about_workers)
 
 data_folder: str = 'data'  # where create_data_lists.py put the data lists
 checkpoint: str = 'checkpoint_ssd300.pth'  # the trained network, a file that train.py wrote
@@ -34,12 +34,14 @@ batch_size: int = 16  # images per forward pass; changes the speed and the memor
 workers: int = min(4, os.cpu_count() or 1)  # processes that read pictures; 0: the main one reads them itself
 precision: str = 'float32'  # 'bfloat16' for GPUs and CPUs that compute in it; 'auto': bfloat16 where that is so
 report_threshold: float = 0.5  # precision and recall are told for detections with at least this score
-output_folder: str = 'evaluation'  # where report.json and precision_recall.png go
+save_results: bool = False  # write VOC's own result files as well, which its development kit can score
+output_folder: str = 'evaluation'  # where report.json, precision_recall.png and the folder of results go
 
 # With these, results compare with the paper's and others'. They aren't settings.
 MIN_SCORE = 0.01  # so low that the precision–recall curve gets its long tail
 MAX_OVERLAP = 0.45  # of two boxes of a class
 TOP_K = 200  # objects per image
+OVERLAPS = [percent / 100 for percent in range(50, 100, 5)]  # with the true box; VOC asks for the first
 
 
 def main():
@@ -60,7 +62,7 @@ def main():
         distributed.destroy_process_group()
     if rank > 0:
         return  # the first process goes on alone
-    ranked = rank_detections(*results, dataset.label_map)
+    ranked = rank_detections(*results, dataset.label_map, OVERLAPS)
     report = {'checkpoint': str(checkpoint), 'split': split, 'images': len(dataset),
               **make_report(ranked, report_threshold)}
     print_report(report)
@@ -68,15 +70,17 @@ def main():
     with replaced_file(Path(output_folder, 'report.json')) as file:
         file.write(json.dumps(without_nan(report), indent=2).encode())
     with replaced_file(Path(output_folder, 'precision_recall.png')) as file:
-        draw_curves(ranked, make_label_colors(dataset.label_map)).save(file, 'PNG')
-    print(f'Saved report.json and precision_recall.png in {output_folder}')
+        draw_curves(ranked[0], make_label_colors(dataset.label_map)).save(file, 'PNG')
+    if save_results:
+        write_results(results, dataset, Path(output_folder, 'results'))
+    print(f'Saved report.json{", results" if save_results else ""} and precision_recall.png in {output_folder}')
 
 
 def make_test_loader(dataset, batch_size, workers, rank=0, n_processes=1, pin_memory=False):
     """The batches of a PascalVOCDataset in its order. Of several processes, each gets every n-th of the very batches
-    that a single one would compute, so that the results are the same to the last digit."""
+    that a single one would compute: the same arithmetic gives the same report."""
     batches = list(BatchSampler(range(len(dataset)), batch_size, drop_last=False))[rank::n_processes]
-    # A generator of its own: a DataLoader draws its workers' seed, by default in the middle of a training's numbers.
+    # A generator of its own: by default, each pass draws a seed from the random numbers of the training.
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=dataset.collate_fn,
                       pin_memory=pin_memory, worker_init_fn=ignore_ctrl_c, generator=torch.Generator())
 
@@ -120,28 +124,31 @@ def detect_all(test_loader, model):
 
 
 def make_report(ranked, report_threshold) -> dict:
-    """The figures of the report, from `rank_detections`. Precision and recall are those of the detections with a score
-    of at least report_threshold."""
+    """The figures of the report, from `rank_detections` for OVERLAPS. Precision and recall are those of the detections
+    with a score of at least report_threshold."""
     classes = {}
-    for label, (scores, true, n_objects) in ranked.items():
+    for label, (scores, true, n_objects) in ranked[0].items():
+        areas = [area_under_curve(by_label[label][1], n_objects) for by_label in ranked]
         shown = true[scores >= report_threshold]
-        classes[label] = {'objects': n_objects, 'AP': average_precision(true, n_objects),
-                          'AP_area': area_under_curve(true, n_objects),
+        classes[label] = {'objects': n_objects, 'AP': average_precision(true, n_objects), 'AP_area': areas[0],
+                          'AP_50_95': sum(areas) / len(areas),
                           'precision': shown.float().mean().item(),  # nan if there is none
                           'recall': shown.sum().item() / n_objects if n_objects else math.nan}
-    return {'mAP': mean_of_classes(row['AP'] for row in classes.values()),
-            'mAP_area': mean_of_classes(row['AP_area'] for row in classes.values()),
-            'report_threshold': report_threshold, 'classes': classes}
+    means = {f'm{name}': mean_of_classes(row[name] for row in classes.values())
+             for name in ('AP', 'AP_area', 'AP_50_95')}
+    return {**means, 'report_threshold': report_threshold, 'classes': classes}
 
 
 def print_report(report):
-    columns = ('objects', 'AP', 'AP_area', 'precision', 'recall')
-    print(f'{"class":<16}' + ''.join(f'{column:>10}' for column in columns))
+    columns = ('objects', 'AP', 'AP_area', 'AP_50_95', 'precision', 'recall')
+    print(f'{"class":<16}' + ''.join(f'{column:>11}' for column in columns))
     for label, row in report['classes'].items():
-        print(f'{label:<16}{row["objects"]:>10,}' + ''.join(f'{row[column]:>10.4f}' for column in columns[1:]))
-    print(f'AP by 11 points as in VOC 2007, AP_area as from VOC 2010 on; precision and recall of detections with a '
-          f'score of at least {report["report_threshold"]}')
-    print(f'mAP of {report["images"]:,} images: {report["mAP"]:.4f} (area: {report["mAP_area"]:.4f})')
+        print(f'{label:<16}{row["objects"]:>11,}' + ''.join(f'{row[column]:>11.4f}' for column in columns[1:]))
+    print('AP: by 11 points, as in VOC 2007. AP_area: area under the curve, as from VOC 2010 on.\n'
+          'AP_50_95: the mean of such areas for overlaps of 0.5, 0.55, … 0.95, as in COCO.\n'
+          f'precision, recall: of the detections with a score of at least {report["report_threshold"]}')
+    print(f'mAP of {report["images"]:,} images: {report["mAP"]:.4f} (area: {report["mAP_area"]:.4f}, '
+          f'50:95: {report["mAP_50_95"]:.4f})')
 
 
 def without_nan(value):
@@ -162,6 +169,22 @@ def draw_curves(ranked, colors):
         title = f'{label} {average_precision(true, n_objects):.3f}'
         plots.append(Plot(title, [(None, colors[label], points)], (0, 1), (0, 1)))
     return draw_plots(plots)
+
+
+def write_results(results, dataset, folder):
+    """Writes the detections of `detect_all` in VOC's format, a file per class. Each line is a detection: the picture's
+    name, the score, and xmin, ymin, xmax, ymax in the picture's pixels, which VOC counts from 1."""
+    lines = {label: [] for label, index in dataset.label_map.items() if index > 0}
+    names = {index: label for label, index in dataset.label_map.items()}
+    for path, boxes, indices, scores in zip(dataset.images, *results[:3]):
+        boxes = boxes * torch.tensor(picture_size(path)).repeat(2) + 1  # (n, 4)
+        for box, index, score in zip(boxes.tolist(), indices.tolist(), scores.tolist()):
+            numbers = ' '.join(f'{value:.3f}' for value in box)
+            lines[names[index]].append(f'{Path(path).stem} {score:.6f} {numbers}\n')
+    make_folder(folder)
+    for label in lines:
+        with replaced_file(Path(folder, f'comp4_det_{dataset.split.lower()}_{label}.txt')) as file:
+            file.write(''.join(lines[label]).encode())
 
 
 def check_settings():

@@ -476,40 +476,45 @@ def transform(image, boxes, labels, difficulties, split, mean=IMAGENET_MEAN, std
 
 # -------------------------------------------------------------------------------------------- evaluation
 
-def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties):
+def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties,
+                     min_overlaps=(0.5,)):
     """Tells true from false detections by the rules of VOC 2007's development kit.
 
-    The arguments are those of `calculate_mAP`. A detection finds, among the objects of its picture and class,
-    the one that it overlaps most, if by more than 0.5. Of several detections that find the same object, the
-    one with the highest score is true and the others are false; those that find a difficult object count
-    neither way and are left out.
+    The first six arguments are those of `calculate_mAP`. A detection finds, among the objects of its picture and
+    class, the one that it overlaps most, if by more than a smallest overlap, 0.5 in VOC. Of several detections
+    that find the same object, the one with the highest score is true and the others are false; those that find a
+    difficult object count neither way and are left out.
 
-    :return: of the detections that count, by falling score: labels (d), scores (d), whether true, bool (d)
+    :return: a list with, for each smallest overlap, the detections that count, by falling score: labels (d),
+        scores (d), whether true, bool (d)
     """
-    # One overlap matrix per picture: for each detection, the number of the object that it finds, or −1.
-    found, n_objects = [], 0
+    # One overlap matrix per picture, whatever the number of smallest overlaps.
+    overlaps, found, n_objects = [], [], 0  # of each detection: its highest overlap, and the object's number
     for boxes, labels, objects, object_labels in zip(det_boxes, det_labels, true_boxes, true_labels):
-        if len(boxes) and len(objects):
+        if len(objects) > 0:
             overlap = find_jaccard_overlap(boxes, objects)  # (n_detections, n_objects)
             overlap = overlap.masked_fill(labels[:, None] != object_labels, 0)  # only objects of its class
             overlap, best = overlap.max(dim=1)  # (n_detections)
-            found.append(torch.where(overlap > 0.5, best + n_objects, -1))
         else:
-            found.append(torch.full((len(boxes),), -1, device=boxes.device))
+            overlap, best = torch.zeros_like(labels, dtype=torch.float), torch.zeros_like(labels)
+        overlaps.append(overlap)
+        found.append(best + n_objects)
         n_objects += len(objects)
 
     # From here on all pictures at once. A stable sort: equal scores stay in the order of the pictures.
     scores, order = torch.cat(det_scores).sort(descending=True, stable=True)  # (D)
-    labels, found = torch.cat(det_labels)[order], torch.cat(found)[order]  # (D)
-    hit = found >= 0  # (D)
-    rank = torch.arange(len(found), device=found.device)  # (D)
-    first = torch.full((n_objects,), len(found), device=found.device)  # rank of each object's first detection
-    first = first.scatter_reduce(0, found[hit], rank[hit], 'amin')
-    true = torch.zeros_like(hit)
-    true[hit] = rank[hit] == first[found[hit]]
-    counts = torch.ones_like(hit)
-    counts[hit] = ~torch.cat(true_difficulties).bool()[found[hit]]
-    return labels[counts], scores[counts], true[counts]
+    labels, overlaps, found = (torch.cat(values)[order] for values in (det_labels, overlaps, found))  # (D)
+    difficult = torch.cat(true_difficulties).bool()  # (n_objects)
+    matches = []
+    for min_overlap in min_overlaps:
+        rank, = (overlaps > min_overlap).nonzero(as_tuple=True)  # of the detections that find an object
+        objects = found[rank]
+        first = torch.full((n_objects,), len(scores), device=rank.device)  # rank of each object's first detection
+        first = first.scatter_reduce(0, objects, rank, 'amin')
+        true = torch.zeros_like(labels, dtype=torch.bool).scatter(0, rank, rank == first[objects])  # (D)
+        counts = torch.ones_like(true).scatter(0, rank, ~difficult[objects])  # (D)
+        matches.append((labels[counts], scores[counts], true[counts]))
+    return matches
 
 
 def average_precision(true, n_objects) -> float:
@@ -541,20 +546,23 @@ def area_under_curve(true, n_objects) -> float:
 
 
 def rank_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties,
-                    label_map=label_map) -> dict[str, tuple]:
-    """What the precision and recall of each class follow from. The arguments are those of `calculate_mAP`.
+                    label_map=label_map, min_overlaps=(0.5,)) -> list[dict[str, tuple]]:
+    """What the precision and recall of each class follow from. The arguments are those of `match_detections`.
 
-    :return: {label: (scores (d), whether true, bool (d), number of objects to be found)}, by falling score; of
-        detections and objects, only those that count. Classes without an object to be found are named in a warning.
+    :return: for each smallest overlap {label: (scores (d), whether true, bool (d), number of objects to be found)},
+        by falling score; of detections and objects, only those that count. Classes without an object to be found
+        are named in a warning.
     """
-    labels, scores, true = match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
-                                            true_difficulties)
     countable = torch.cat(true_labels)[~torch.cat(true_difficulties).bool()]  # labels of the objects to be found
-    ranked = {label: (scores[labels == index], true[labels == index], int((countable == index).sum()))
-              for label, index in label_map.items() if index > 0}
-    missing = [label for label, (_, _, n_objects) in ranked.items() if n_objects == 0]
+    n_objects = {label: int((countable == index).sum()) for label, index in label_map.items() if index > 0}
+    missing = [label for label, n in n_objects.items() if n == 0]
     if missing:
         warnings.warn(f'no objects to be found of {", ".join(missing)}: no AP, and left out of the mean')
+    ranked = []
+    for labels, scores, true in match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
+                                                 true_difficulties, min_overlaps):
+        of_class = {label: labels == label_map[label] for label in n_objects}
+        ranked.append({label: (scores[mask], true[mask], n_objects[label]) for label, mask in of_class.items()})
     return ranked
 
 
@@ -574,7 +582,7 @@ def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, tr
     :return: {label: AP}, mAP. A class without objects (difficult ones don't count) has no AP: it is nan, stays
         out of the mean and is named in a warning.
     """
-    ranked = rank_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties, label_map)
+    ranked, = rank_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties, label_map)
     average_precisions = {label: average_precision(true, n_objects) for label, (_, true, n_objects) in ranked.items()}
     return average_precisions, mean_of_classes(average_precisions.values())
 

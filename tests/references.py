@@ -83,25 +83,55 @@ def multibox_loss(priors_cxcy, locs, scores, boxes, labels, threshold=0.5, neg_p
     return confidence / n_positives, localisation / (4 * n_positives)
 
 
-def average_precision(detections, objects):
-    """VOC 2007's AP of one class: detections are (image, score, box), objects (image, box, difficult)."""
+def precision_recall(detections, objects, is_enough=lambda highest: highest > 0.5, overlap=iou):
+    """(recall, precision) after each detection of one class that counts, by falling score. Detections are (image,
+    score, box), objects (image, box, difficult)."""
     n_objects = sum(not difficult for _, _, difficult in objects)
-    if n_objects == 0:
-        return math.nan
     found, n_true, n_false, curve = set(), 0, 0, []
     for image, _, box in sorted(detections, key=lambda detection: -detection[1]):  # equal scores stay in order
         most, highest = None, 0
         for number, (object_image, object_box, _) in enumerate(objects):
-            if object_image == image and iou(box, object_box) > highest:
-                most, highest = number, iou(box, object_box)
-        if highest <= 0.5 or most in found:
+            if object_image == image and overlap(box, object_box) > highest:
+                most, highest = number, overlap(box, object_box)
+        if most is None or not is_enough(highest) or most in found:
             n_false += 1
         elif objects[most][2]:
             continue
         else:
             found.add(most)
             n_true += 1
-        curve.append((Fraction(n_true, n_objects), Fraction(n_true, n_true + n_false)))
+        curve.append((Fraction(n_true, max(n_objects, 1)), Fraction(n_true, n_true + n_false)))
+    return curve if n_objects else None
+
+
+def eleven_points(curve):
+    """VOC 2007's AP."""
+    if curve is None:
+        return math.nan
     highest_precisions = [max((precision for recall, precision in curve if recall >= Fraction(t, 10)), default=0)
                           for t in range(11)]
     return float(sum(highest_precisions) / Fraction(11))
+
+
+def area(curve):
+    """VOC 2010's AP: the area under the curve, whose height at a recall is the best precision from there on."""
+    if curve is None:
+        return math.nan
+    total, before = Fraction(0), Fraction(0)
+    for i, (recall, _) in enumerate(curve):
+        total += (recall - before) * max(precision for _, precision in curve[i:])
+        before = recall
+    return float(total)
+
+
+def pixel_iou(a, b):
+    """The overlap as VOC's development kit measures it: a box from 10 to 20 is 11 pixels wide."""
+    return iou((a[0], a[1], a[2] + 1, a[3] + 1), (b[0], b[1], b[2] + 1, b[3] + 1))
+
+
+def devkit_average_precision(lines, objects):
+    """AP of one class as VOC's development kit (VOCevaldet) scores a result file: its lines are detections, "name score
+    xmin ymin xmax ymax", and objects (name, box, difficult), both in pixels counted from 1."""
+    detections = [(name, float(score), [float(value) for value in box])
+                  for name, score, *box in (line.split() for line in lines)]
+    return eleven_points(precision_recall(detections, objects, lambda highest: highest >= 0.5, pixel_iou))

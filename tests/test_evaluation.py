@@ -1,83 +1,74 @@
-"""VOC 2007's average precision, against the plain reference and worked out on paper."""
+"""Average precision against the plain reference and worked out on paper; reports, result files, several processes."""
 
 import json
 import math
+import os
 import random
-import warnings
+import subprocess
+import sys
 
 import pytest
 import torch
-from references import average_precision
+from conftest import ROOT, make_voc
+from PIL import Image
+from references import area, devkit_average_precision, eleven_points, precision_recall
 
 import eval as evaluation
-from utils import calculate_mAP, label_map, rank_detections
+from datasets import PascalVOCDataset
+from utils import Plot, calculate_mAP, create_data_lists, draw_plots, rank_detections, round_ticks, voc_labels
 
-# An object and boxes that overlap with it by a known part.
-OBJECT = [0, 0, 10, 10]
-GOOD, FAIR, HALF, MISS = [0, 0, 10, 9], [0, 0, 10, 6], [0, 0, 10, 5], [20, 20, 30, 30]
+# An object, and boxes that overlap with it by a known part.
+OBJECT, FAIR, HALF, MISS = [0, 0, 10, 10], [0, 0, 10, 6], [0, 0, 10, 5], [20, 20, 30, 30]
 
 
-def mean_average_precision(detections, objects, n_classes=1):
-    """calculate_mAP for lists with a list per image: of (box, label, score), and of (box, label, difficult)."""
+def arguments(detections, objects, n_classes=1):
+    """Those of calculate_mAP, from a list per image of (box, label, score), and one of (box, label, difficult)."""
     def columns(images, dtypes):
-        return [[torch.tensor([row[i] for row in image], dtype=dtype).view(-1, *((4,) if i == 0 else ()))
-                 for image in images]
+        return [[torch.tensor([row[i] for row in image], dtype=dtype).view(-1, *(4,) * (i == 0)) for image in images]
                 for i, dtype in enumerate(dtypes)]
 
     classes = {'background': 0, **{f'class {i}': i for i in range(1, n_classes + 1)}}
-    return calculate_mAP(*columns(detections, (torch.float, torch.long, torch.float)),
-                         *columns(objects, (torch.float, torch.long, torch.long)), label_map=classes)
+    return (*columns(detections, (torch.float, torch.long, torch.float)),
+            *columns(objects, (torch.float, torch.long, torch.long)), classes)
+
+
+def report(detections, objects, report_threshold=0.5):
+    """The report's row of the only class in one image, from (box, score) and (box, difficult)."""
+    ranked = rank_detections(*arguments([[(box, 1, score) for box, score in detections]],
+                                        [[(box, 1, difficult) for box, difficult in objects]]), evaluation.OVERLAPS)
+    return evaluation.make_report(ranked, report_threshold)['classes']['class 1']
 
 
 def ap(detections, objects):
-    """AP of the only class in one image, from (box, score) and (box, difficult)."""
-    precisions, mean = mean_average_precision([[(box, 1, score) for box, score in detections]],
-                                              [[(box, 1, difficult) for box, difficult in objects]])
-    assert precisions == {'class 1': mean}
-    return mean
-
-
-def ranked(outcomes, n_objects):
-    """AP of detections by falling score, each 'T' finding an object of its own and each 'F' finding nothing."""
-    objects = [([20 * i, 0, 20 * i + 10, 10], 0) for i in range(n_objects)]
-    free = iter(objects)
-    return ap([(next(free)[0] if outcome == 'T' else [0, 50, 10, 60], 0.9 - i / 100)
-               for i, outcome in enumerate(outcomes)], objects)
+    return report(detections, objects)['AP']
 
 
 # ---------------------------------------------------------------------------------------- cases on paper
 
 @pytest.mark.parametrize(('outcomes', 'n_objects', 'eleven'), [
-    ('T', 1, [1] * 11),
-    ('TTT', 3, [1] * 11),
-    ('F', 1, [0] * 11),
-    ('', 1, [0] * 11),
+    ('T', 1, [1] * 11), ('TTT', 3, [1] * 11), ('F', 1, [0] * 11), ('', 1, [0] * 11), ('FT', 1, [1 / 2] * 11),
+    ('TF', 1, [1] * 11),  # what comes after the last object costs nothing
     # Precision 1 up to recall 1/3, 2/3 up to 2/3, then nothing.
     ('TFT', 3, [1] * 4 + [2 / 3] * 3 + [0] * 4),
-    ('FT', 1, [1 / 2] * 11),
-    ('TF', 1, [1] * 11),  # what comes after the last object costs nothing
     # A precision counts for lower recalls, too, if it is higher than theirs, here 1/2 and 2/3, and 1/2.
-    ('FTTT', 3, [3 / 4] * 11),
-    ('TFFTT', 3, [1] * 4 + [3 / 5] * 7),
+    ('FTTT', 3, [3 / 4] * 11), ('TFFTT', 3, [1] * 4 + [3 / 5] * 7),
     # A recall of exactly 3/10 reaches 0.3, one of 7/10 reaches 0.7; but 3 · 0.1 > 0.3 in floating point.
-    ('TTT', 10, [1] * 4 + [0] * 7),
-    ('T' * 6, 10, [1] * 7 + [0] * 4),
-    ('T' * 7, 10, [1] * 8 + [0] * 3),
-    ('TTTFFF', 30, [1] * 2 + [0] * 9),
-    ('T' * 21, 30, [1] * 8 + [0] * 3),
+    ('TTT', 10, [1] * 4 + [0] * 7), ('T' * 6, 10, [1] * 7 + [0] * 4), ('T' * 7, 10, [1] * 8 + [0] * 3),
+    ('TTTFFF', 30, [1] * 2 + [0] * 9), ('T' * 21, 30, [1] * 8 + [0] * 3),
 ])
 def test_eleven_points_worked_out_on_paper(outcomes, n_objects, eleven):
-    assert ranked(outcomes, n_objects) == pytest.approx(sum(eleven) / 11)
+    # By falling score, each 'T' finds an object of its own and each 'F' finds nothing.
+    objects = [([20 * i, 0, 20 * i + 10, 10], 0) for i in range(n_objects)]
+    free = iter(objects)
+    detections = [(next(free)[0] if outcome == 'T' else [0, 50, 10, 60], 0.9 - i / 100)
+                  for i, outcome in enumerate(outcomes)]
+    assert ap(detections, objects) == pytest.approx(sum(eleven) / 11)
 
 
-def test_a_second_detection_of_an_object_is_false():
-    detections = [(GOOD, 0.9), (OBJECT, 0.8), (MISS, 0.7)]
+def test_of_several_detections_of_an_object_the_best_scored_alone_is_true_however_little_it_overlaps():
+    detections = [(FAIR, 0.9), (OBJECT, 0.8), (MISS, 0.7)]
     assert ap(detections, [(OBJECT, 0), (MISS, 0)]) == pytest.approx((6 + 5 * 2 / 3) / 11)
-
-
-def test_of_several_detections_of_an_object_the_best_scored_is_true_however_little_it_overlaps():
-    # The other order, by overlap, would cost precision.
-    assert ap([(FAIR, 0.9), (OBJECT, 0.8)], [(OBJECT, 0)]) == 1
+    assert ap(detections[:2], [(OBJECT, 0)]) == 1
 
 
 def test_an_overlap_of_exactly_a_half_finds_nothing():
@@ -93,126 +84,90 @@ def test_a_detection_finds_only_the_object_that_it_overlaps_most():
 
 
 def test_an_object_of_another_class_is_not_found():
-    precisions, mean = mean_average_precision([[(OBJECT, 2, 0.9)]], [[(OBJECT, 1, 0), (MISS, 2, 0)]], n_classes=2)
-    assert precisions == {'class 1': 0, 'class 2': 0}
-    assert mean == 0
-
-
-def test_an_object_of_another_class_does_not_hide_one_of_the_right_class():
-    precisions, _ = mean_average_precision([[(OBJECT, 2, 0.9)]], [[(OBJECT, 1, 0), (FAIR, 2, 0)]], n_classes=2)
-    assert precisions == {'class 1': 0, 'class 2': 1}
-
-
-def test_an_object_in_another_image_is_not_found():
-    _, mean = mean_average_precision([[(OBJECT, 1, 0.9)], []], [[], [(OBJECT, 1, 0)]])
-    assert mean == 0
-    _, mean = mean_average_precision([[], [(OBJECT, 1, 0.9)]], [[], [(OBJECT, 1, 0)]])
-    assert mean == 1
+    precisions, mean = calculate_mAP(*arguments([[(OBJECT, 2, 0.9)]], [[(OBJECT, 1, 0), (MISS, 2, 0)]], n_classes=2))
+    assert precisions == {'class 1': 0, 'class 2': 0} and mean == 0
+    # Nor does it hide one of the right class that overlaps less.
+    case = arguments([[(OBJECT, 2, 0.9)]], [[(OBJECT, 1, 0), (FAIR, 2, 0)]], n_classes=2)
+    assert calculate_mAP(*case)[0] == {'class 1': 0, 'class 2': 1}
 
 
 def test_a_detection_of_a_difficult_object_counts_neither_way():
     easy, difficult = (OBJECT, 0), (MISS, 1)
     # However many there are of it, and though it has the better score.
     assert ap([(MISS, 0.9), (MISS, 0.85), (OBJECT, 0.8)], [easy, difficult]) == 1
-    # Nor is a difficult object missed.
-    assert ap([(OBJECT, 0.8)], [easy, difficult]) == 1
-    # A false detection in its place would cost half of the precision.
-    assert ap([(MISS, 0.9), (OBJECT, 0.8)], [easy]) == pytest.approx(1 / 2)
+    assert ap([(OBJECT, 0.8)], [easy, difficult]) == 1  # nor is a difficult object missed
+    assert ap([(MISS, 0.9), (OBJECT, 0.8)], [easy]) == pytest.approx(1 / 2)  # as a false detection would cost
 
 
 def test_detections_of_all_images_are_ranked_together():
-    objects = [[(OBJECT, 1, 0)], [(OBJECT, 1, 0)]]
-    _, mean = mean_average_precision([[(OBJECT, 1, 0.3), (MISS, 1, 0.2)], [(OBJECT, 1, 0.9)]], objects)
-    assert mean == 1
-    _, mean = mean_average_precision([[(OBJECT, 1, 0.3), (MISS, 1, 0.5)], [(OBJECT, 1, 0.9)]], objects)
+    objects = [[(OBJECT, 1, 0)]] * 2
+    assert calculate_mAP(*arguments([[(OBJECT, 1, 0.3), (MISS, 1, 0.2)], [(OBJECT, 1, 0.9)]], objects))[1] == 1
+    assert calculate_mAP(*arguments([[(OBJECT, 1, 0.9)], []], [[], [(OBJECT, 1, 0)]]))[1] == 0  # it is in another image
+    _, mean = calculate_mAP(*arguments([[(OBJECT, 1, 0.3), (MISS, 1, 0.5)], [(OBJECT, 1, 0.9)]], objects))
     assert mean == pytest.approx((6 + 5 * 2 / 3) / 11)
-
-
-def test_perfect_detections_have_a_mean_of_1_over_all_classes():
-    objects = [[(OBJECT, 1 + i % 3, 0), (MISS, 1 + (i + 1) % 3, 0)] for i in range(6)]
-    detections = [[(box, label, 1 - i / 10) for box, label, _ in image] for i, image in enumerate(objects)]
-    precisions, mean = mean_average_precision(detections, objects, n_classes=3)
-    assert precisions == {'class 1': 1, 'class 2': 1, 'class 3': 1}
-    assert mean == 1
-
-
-def test_no_detections_at_all_have_a_mean_of_0():
-    assert mean_average_precision([[], []], [[(OBJECT, 1, 0)], []]) == ({'class 1': 0}, 0)
 
 
 def test_a_class_without_objects_is_nan_named_in_a_warning_and_left_out_of_the_mean():
     detections = [[(OBJECT, 1, 0.9), (OBJECT, 2, 0.9), (OBJECT, 3, 0.9)]]
-    objects = [[(OBJECT, 1, 0), (MISS, 2, 0), (OBJECT, 4, 1)]]  # class 4 has but a difficult one
+    objects = [[(OBJECT, 1, 0), (MISS, 2, 0), (OBJECT, 4, 1)]]  # class 4 has only a difficult one
     with pytest.warns(UserWarning, match='class 3, class 4'):
-        precisions, mean = mean_average_precision(detections, objects, n_classes=4)
-    assert (precisions['class 1'], precisions['class 2']) == (1, 0)
-    assert math.isnan(precisions['class 3'])
-    assert math.isnan(precisions['class 4'])
+        precisions, mean = calculate_mAP(*arguments(detections, objects, n_classes=4))
+    assert list(precisions.values()) == pytest.approx([1, 0, math.nan, math.nan], nan_ok=True)
     assert mean == pytest.approx(1 / 2)
+    with pytest.warns(UserWarning, match='class 1'):  # nothing to find at all
+        assert math.isnan(calculate_mAP(*arguments([[(OBJECT, 1, 0.9)], []], [[(OBJECT, 1, 1)], []]))[1])
 
 
-def test_there_is_no_warning_if_every_class_has_objects():
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        mean_average_precision([[(OBJECT, 1, 0.9)]], [[(OBJECT, 1, 0), (OBJECT, 2, 0)]], n_classes=2)
-
-
-@pytest.mark.parametrize(('detections', 'objects'), [
-    ([[]], [[]]),
-    ([[(OBJECT, 1, 0.9)], []], [[], []]),
-    ([[(OBJECT, 1, 0.9)]], [[(OBJECT, 1, 1)]]),  # a difficult one alone
-])
-def test_without_any_object_to_be_found_the_mean_is_nan(detections, objects):
-    with pytest.warns(UserWarning, match='class 1'):
-        precisions, mean = mean_average_precision(detections, objects)
-    assert math.isnan(precisions['class 1'])
-    assert math.isnan(mean)
-
-
-def test_the_labels_are_vocs_unless_others_are_given():
-    boxes, labels = [torch.tensor([OBJECT] * 20).float()], [torch.arange(1, 21)]
-    arguments = boxes, labels, [torch.full((20,), 0.5)], boxes, labels, [torch.zeros(20)]
-    precisions, mean = calculate_mAP(*arguments)
-    assert list(precisions) == list(label_map)[1:]
-    assert set(precisions.values()) == {mean} == {1}
-
-
-@pytest.mark.parametrize('dtype', [torch.uint8, torch.bool, torch.long, torch.float])
-def test_difficulties_may_be_of_any_type(dtype):
-    boxes, labels = [torch.tensor([OBJECT, MISS]).float()], [torch.tensor([1, 1])]
-    _, mean = calculate_mAP([boxes[0][:1]], [labels[0][:1]], [torch.tensor([0.5])], boxes, labels,
-                            [torch.tensor([0, 1]).to(dtype)], label_map={'background': 0, 'thing': 1})
-    assert mean == 1
-
-
-# ------------------------------------------------------------------------------------------------- reports
+# --------------------------------------------------------------------------------------- reports and curves
 
 def test_the_report_tells_what_was_worked_out_on_paper():
-    # Four cats in one picture. By score: found, nothing there, found, found; the fourth cat is missed.
-    cats = torch.tensor([[0.0, 0.0, 0.2, 0.2], [0.3, 0.0, 0.5, 0.2], [0.6, 0.0, 0.8, 0.2], [0.0, 0.5, 0.2, 0.7]])
-    boxes = torch.stack((cats[0], torch.tensor([0.7, 0.7, 0.9, 0.9]), cats[1], cats[2]))
-    ranked = rank_detections([boxes], [torch.tensor([1, 1, 1, 1])], [torch.tensor([0.9, 0.8, 0.7, 0.5])],
-                             [cats], [torch.tensor([1, 1, 1, 1])], [torch.zeros(4)], {'background': 0, 'cat': 1})
-    row = evaluation.make_report(ranked, 0.6)['classes']['cat']
-    assert row['objects'] == 4
-    assert row['precision'] == pytest.approx(2 / 3) and row['recall'] == pytest.approx(2 / 4)  # above 0.6: T F T
-    assert row['AP_area'] == pytest.approx((1 + 3 / 4 + 3 / 4) / 4)
+    # Four cats. By score: found, nothing there, found, found; the fourth cat is missed.
+    cats = [[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10]]
+    detections = [(cats[0], 0.9), ([0, 50, 10, 60], 0.8), (cats[1], 0.7), (cats[2], 0.5)]
+    row = report(detections, [(cat, 0) for cat in cats], report_threshold=0.6)
+    assert row['objects'] == 4 and row['recall'] == 2 / 4 and row['precision'] == pytest.approx(2 / 3)  # T F T
+    assert row['AP_area'] == row['AP_50_95'] == pytest.approx((1 + 3 / 4 + 3 / 4) / 4)
     # Recall 0, 0.1, 0.2: precision 1; 0.3 to 0.7: 3/4; 0.8 to 1: never reached.
     assert row['AP'] == pytest.approx((3 * 1 + 5 * 3 / 4) / 11)
 
 
-def test_a_report_warns_of_classes_without_objects():
-    cat = [torch.rand(1, 4)], [torch.tensor([1])]
-    with pytest.warns(UserWarning, match='no objects to be found of dog:'):
-        rank_detections(*cat, [torch.rand(1)], *cat, [torch.zeros(1)], {'background': 0, 'cat': 1, 'dog': 2})
+@pytest.mark.parametrize(('detections', 'objects', 'areas'), [
+    ([(FAIR, 0.9)], [(OBJECT, 0)], [1] * 2 + [0] * 8),  # an overlap of 0.6 is more than 0.5 and 0.55
+    # From 0.6 on, the first detection is false, and so the second one isn't a second one of the object any more.
+    ([(FAIR, 0.9), (OBJECT, 0.8)], [(OBJECT, 0)], [1] * 2 + [1 / 2] * 8),
+    # Nor does it find a difficult object any more, which would excuse it.
+    ([(FAIR, 0.9), (MISS, 0.8)], [(OBJECT, 1), (MISS, 0)], [1] * 2 + [1 / 2] * 8),
+])
+def test_ap_50_95_is_the_mean_area_for_ten_overlaps(detections, objects, areas):
+    assert report(detections, objects)['AP_50_95'] == pytest.approx(sum(areas) / 10)
 
 
 def test_a_class_without_detections_has_no_precision_and_its_report_is_json():
-    empty = [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.long)], [torch.zeros(0)]
-    ranked = rank_detections(*empty, [torch.rand(1, 4)], [torch.tensor([1])], [torch.zeros(1)], {'bg': 0, 'cat': 1})
-    row = evaluation.make_report(ranked, 0.6)['classes']['cat']
-    assert row['AP'] == row['AP_area'] == row['recall'] == 0 and math.isnan(row['precision'])
+    row = report([], [(OBJECT, 0)])
+    assert row['AP'] == row['AP_area'] == row['AP_50_95'] == row['recall'] == 0 and math.isnan(row['precision'])
     assert json.loads(json.dumps(evaluation.without_nan(row), allow_nan=False))['precision'] is None
+
+
+@pytest.mark.parametrize(('low', 'high', 'ticks'), [
+    (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 232, [0, 50, 100, 150, 200]), (0, 0.001, [0, 2e-4, 4e-4, 6e-4, 8e-4, 1e-3]),
+    (-4.5, 3, [-4, -2, 0, 2]), (0, 13.8, [0, 5, 10]), (0, 2, [0, 0.5, 1, 1.5, 2])])
+def test_axes_have_round_ticks(low, high, ticks):
+    assert round_ticks(low, high) == pytest.approx(ticks)
+
+
+def test_a_plot_shows_its_lines_where_they_are_and_leaves_out_what_is_no_number():
+    rising = [(0, 0), (1, math.nan), (2, None), (4, 1)]
+    image = draw_plots([Plot('line', [(None, '#ff0000', rising)]), Plot('nothing', [(None, '#ff0000', [])]),
+                        Plot('point', [('p', '#0000ff', [(3, 4.4)])], (0, 4), (0, 4))])
+    quarter = image.width // 2, image.height // 2
+    line, point = image.crop((0, 0, *quarter)), image.crop((0, quarter[1], quarter[0], image.height))
+    red = [(x, y) for x in range(line.width) for y in range(line.height) if line.getpixel((x, y)) == (255, 0, 0)]
+    (left, bottom), (right, top) = red[0], red[-1]
+    assert right - left > 250 and bottom - top > 170
+    for x, y in red:  # straight from the lower left to the upper right
+        assert abs((x - left) / (right - left) - (bottom - y) / (bottom - top)) < 0.06
+    blue = [(x, y) for x in range(200) for y in range(point.height) if point.getpixel((x + 58, y)) == (0, 0, 255)]
+    assert min(x for x, _ in blue) > 190 and abs(min(y for _, y in blue) - top) < 6  # moved to the edge of the range
 
 
 # ------------------------------------------------------------------------------------------ random cases
@@ -237,35 +192,142 @@ def random_case(seed, n_classes=3):
             found, label = box(), rng.randint(1, n_classes)
             if image and rng.random() < 0.8:
                 found, label, _ = rng.choice(image)
-                if rng.random() < 0.5:
-                    found = [found[0], found[1], found[2] + rng.randint(0, 2), found[3] + rng.randint(0, 2)]
+                found = [*found[:2], found[2] + rng.choice((0, 0, 1, 2)), found[3] + rng.choice((0, 0, 1, 2))]
             detections[-1].append((found, label, rng.randint(1, 9) / 10))
     return detections, objects
 
 
 @pytest.mark.filterwarnings('ignore:no objects to be found')
-@pytest.mark.parametrize('seeds', [range(start, start + 500) for start in range(0, 2500, 500)])
-def test_average_precision_agrees_with_its_definition(seeds):
-    for seed in seeds:
+def test_average_precision_agrees_with_its_definition():
+    for seed in range(400):
         detections, objects = random_case(seed)
-        precisions, mean = mean_average_precision(detections, objects, n_classes=3)
-        expected = [average_precision([(i, score, box)
-                                       for i, image in enumerate(detections)
-                                       for box, detected_label, score in image if detected_label == label],
-                                      [(i, box, difficult)
-                                       for i, image in enumerate(objects)
-                                       for box, object_label, difficult in image if object_label == label])
+        precisions, mean = calculate_mAP(*arguments(detections, objects, n_classes=3))
+        images = range(len(objects))
+        by_class = [([(i, score, box) for i in images for box, found, score in detections[i] if found == label],
+                     [(i, box, difficult) for i in images for box, true, difficult in objects[i] if true == label])
                     for label in (1, 2, 3)]
+        expected = [eleven_points(precision_recall(*pair)) for pair in by_class]
         assert list(precisions.values()) == pytest.approx(expected, nan_ok=True), seed
-        present = [value for value in expected if not math.isnan(value)]
-        assert mean == pytest.approx(sum(present) / len(present) if present else math.nan, nan_ok=True), seed
+        present = [value for value in expected if not math.isnan(value)] or [math.nan]
+        assert mean == pytest.approx(sum(present) / len(present), nan_ok=True), seed
+        ranked = rank_detections(*arguments(detections, objects, 3), evaluation.OVERLAPS)
+        for row, pair in zip(evaluation.make_report(ranked, 0.5)['classes'].values(), by_class):
+            areas = [area(precision_recall(*pair, lambda highest, least=least: highest > least))
+                     for least in (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)]
+            assert [row['AP_area'], row['AP_50_95']] == pytest.approx([areas[0], sum(areas) / 10], nan_ok=True), seed
 
 
-def test_nothing_of_the_caller_is_changed():
-    tensors = [torch.tensor([OBJECT, MISS]).float(), torch.tensor([1, 2]), torch.tensor([0.3, 0.8]),
-               torch.tensor([MISS, OBJECT]).float(), torch.tensor([2, 1]), torch.tensor([0, 1])]
-    copies = [tensor.clone() for tensor in tensors]
-    with pytest.warns(UserWarning):
-        calculate_mAP(*[[tensor] for tensor in tensors])
-    for tensor, copied in zip(tensors, copies, strict=True):
-        assert torch.equal(tensor, copied)
+# --------------------------------------------------------------- several processes, training, result files
+
+SIZES = (300, 200), (320, 410), (500, 375), (240, 240), (411, 307)
+
+
+def make_objects():
+    """{name: [(label, box in pixels counted from 1, difficult)]} for pictures of SIZES. The last box of the first three
+    reaches from edge to edge."""
+    rng, pictures = random.Random(0), {}
+    for number, (width, height) in enumerate(SIZES):
+        boxes = [(left, rng.randint(1, 9), left + rng.randint(60, 100), rng.randint(70, 99))
+                 for left in range(1, width - 120, 120)] + [(1, 1, width, height)] * (number < 3)
+        pictures[f'{number:06}'] = [(rng.choice(('cat', 'dog')), box, int(rng.random() < 0.3)) for box in boxes]
+    return pictures
+
+
+@pytest.fixture(scope='module')
+def lists(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('evaluation')
+    pictures = {name: (Image.new('RGB', size, f'hsl({sum(size)}, 80%, 50%)'), objects)
+                for size, (name, objects) in zip(SIZES, make_objects().items())}
+    create_data_lists(make_voc(make_voc(folder / 'voc', {'a': []}), pictures, 'test'), None, folder / 'lists')
+    return folder / 'lists'
+
+
+@pytest.fixture(scope='module')
+def dataset(lists):
+    return PascalVOCDataset(lists, 'TEST', keep_difficult=True, augment=False)
+
+
+def read_results(folder, label):
+    return (folder / f'comp4_det_test_{label}.txt').read_text().splitlines()
+
+
+@pytest.mark.parametrize('shares', [
+    [[[0, 1], [2, 3], [4]]], [[[0, 1], [4]], [[2, 3]]], [[[0, 1]], [[2, 3]], [[4]], []]])
+def test_each_batch_has_its_turn_in_one_process(dataset, shares):
+    for rank, share in enumerate(shares):
+        assert list(evaluation.make_test_loader(dataset, 2, 0, rank, len(shares)).batch_sampler) == share
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore:no objects to be found')
+def test_two_processes_write_the_very_files_of_one(lists, untrained_checkpoint, tmp_path, one_thread, monkeypatch):
+    settings = {'data_folder': lists, 'checkpoint': untrained_checkpoint, 'workers': 0, 'batch_size': 2,
+                'output_folder': tmp_path / 'two'}
+    words = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', ROOT / 'eval.py', '--save_results',
+             *(word for name, value in settings.items() for word in (f'--{name}', value))]
+    two = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=300, check=False,
+                         env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count('mAP of 5 images') == two.stdout.count('Saved') == 1  # the first process alone reports
+    for name, value in (settings | {'output_folder': tmp_path / 'one', 'save_results': True}).items():
+        monkeypatch.setattr(evaluation, name, value)
+    evaluation.main()
+    files, others = ({path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob('*.*')}
+                     for name in ('one', 'two'))
+    assert files == others and len(files) == 2 + 20
+    assert sum(len(read_results(tmp_path / 'two' / 'results', label)) for label in voc_labels) == 5 * 200
+
+
+class Oracle(torch.nn.Module):
+    """A network that finds the true objects of a dataset, in its order."""
+
+    def __init__(self, dataset):
+        super().__init__()
+        self.register_buffer('priors_cxcy', torch.zeros(8732, 4))
+        self.truth = iter([dataset[i] for i in range(len(dataset))])
+
+    def forward(self, images):
+        assert not self.training and not torch.is_grad_enabled()
+        return images, images
+
+    def detect_objects(self, images, *_):
+        _, boxes, labels, _ = zip(*(next(self.truth) for _ in images))
+        return boxes, labels, [torch.full((len(image_labels),), 0.9) for image_labels in labels]
+
+
+@pytest.mark.filterwarnings('ignore:no objects to be found')
+@pytest.mark.parametrize('training', [True, False])
+def test_evaluate_leaves_mode_and_random_numbers_as_they_were(dataset, training):
+    network = Oracle(dataset).train(training)
+    before = torch.get_rng_state(), random.getstate()
+    precisions, mean = evaluation.evaluate(evaluation.make_test_loader(dataset, 2, workers=1), network)
+    assert precisions['cat'] == precisions['dog'] == mean == 1 and network.training == training
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+
+
+def test_true_boxes_written_as_results_are_the_numbers_of_the_annotations(dataset, tmp_path):
+    results = evaluation.detect_all(evaluation.make_test_loader(dataset, 2, 0), Oracle(dataset))
+    evaluation.write_results(results, dataset, tmp_path)
+    for label in ('cat', 'dog', 'cow'):
+        written = [(name, *map(float, box)) for name, _, *box in map(str.split, read_results(tmp_path, label))]
+        assert written == [(name, *box) for name, objects in make_objects().items()
+                           for object_label, box, _ in objects if object_label == label]
+
+
+@pytest.mark.filterwarnings('ignore:no objects to be found')
+def test_vocs_development_kit_would_score_the_result_files_as_we_do(dataset, tmp_path):
+    # Detections overlap by much or by little: near 0.5, the kit's additional pixel would make a difference.
+    rng, results = random.Random(1), [[] for _ in range(6)]
+    for (width, height), (_, boxes, labels, difficulties) in zip(SIZES, [dataset[i] for i in range(len(SIZES))]):
+        boxes, labels = boxes.repeat(3, 1), labels.repeat(3)
+        shifts = torch.tensor([rng.choice((2, -1, 60)) for _ in boxes])[:, None] / torch.tensor([width, height] * 2)
+        scores, n = torch.tensor([rng.random() for _ in boxes]), len(difficulties)
+        for result, values in zip(results, (boxes + shifts, labels, scores, boxes[:n], labels[:n], difficulties)):
+            result.append(values)
+    precisions, _ = calculate_mAP(*results)
+    evaluation.write_results(results, dataset, tmp_path)
+    for label in ('cat', 'dog'):
+        objects = [(name, box, difficult) for name, objects in make_objects().items()
+                   for object_label, box, difficult in objects if object_label == label]
+        assert 0.2 < precisions[label] < 0.95
+        assert devkit_average_precision(read_results(tmp_path, label), objects) == pytest.approx(precisions[label])
