@@ -7,19 +7,25 @@
 
 Writes TRAIN_images.json, TRAIN_objects.json, TEST_images.json, TEST_objects.json and label_map.json to output_folder.
 Training data are trainval of 2007 and 2012, test data are test of 2007. Both archives of 2007 must be extracted to the
-same place.
+same place. In the end it tells which of the training objects SSD300's priors can find.
 """
 
+import math
 import sys
 from pathlib import Path
 
+import torch
 from torchvision.datasets import VOCDetection
 
-from utils import InputError, create_data_lists, make_folder, run_script, voc_labels
+from model import SSD300
+from utils import InputError, best_prior_overlaps, create_data_lists, make_folder, run_script, voc_labels
+
+# Each annotated constant is a setting: `--skip_empty` on the command line changes it for one run.
 
 voc07_path: str = 'img/emoji_voc/VOC2007'  # folder with Annotations, ImageSets and JPEGImages: training and test
 voc12_path: list[str] | None = ['img/emoji_voc/VOC2012']  # more such folders, for training only; None: no more
 labels: list[str] = list(voc_labels)  # names of the classes, as the annotations have them; VOC's twenty
+skip_empty: bool = False  # leave training pictures without an object of the labels out
 output_folder: str = 'data'  # where the lists go
 download: bool = False  # fetch VOC from its makers instead, and use it in place of the paths
 download_folder: str = 'voc'  # where a download goes: 2.8 GB of archives, and as much again when extracted
@@ -42,7 +48,40 @@ def download_voc(folder) -> tuple[Path, Path]:
 
 def main():
     paths = download_voc(download_folder) if download else (voc07_path, voc12_path)
-    create_data_lists(*paths, output_folder, labels)
+    objects = create_data_lists(*paths, output_folder, labels, skip_empty)
+    print_coverage(coverage(*objects, labels, SSD300.create_prior_boxes(None)))
+
+
+def coverage(boxes, box_labels, label_names, priors_cxcy) -> dict[str, tuple]:
+    """Which objects can the priors find? An object that no prior overlaps by 0.5 is learned from one prior alone, the
+    one that it claims.
+
+    :param boxes: objects in fractional boundary coordinates (n, 4)
+    :param box_labels: their classes (n), from 1 on
+    :return: {label: (number of objects, share whose best prior overlaps by 0.5 or more, median of the best overlaps,
+        share of those that are smaller than the smallest prior)}, and the same of "all"; shares of no objects are nan
+    """
+    best = best_prior_overlaps(boxes, priors_cxcy)  # (n)
+    smaller = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1) < priors_cxcy[:, 2:].prod(dim=1).min() - 1e-6  # (n)
+    rows = {}
+    for label, chosen in {**{name: box_labels == i for i, name in enumerate(label_names, 1)},
+                          'all': torch.ones_like(smaller)}.items():
+        found = (best[chosen] >= 0.5).float()
+        rows[label] = (len(found), found.mean().item(), best[chosen].quantile(0.5).item() if len(found) else math.nan,
+                       smaller[chosen].float().mean().item())
+    return rows
+
+
+def print_coverage(rows):
+    print(f'\n{"training objects":<20}{"number":>8}{"prior ≥ 0.5":>13}{"median best":>13}{"too small":>11}')
+    for label, (number, found, median, smaller) in rows.items():
+        print(f'{label:<20}{number:>8,}{found:>13.1%}{median:>13.2f}{smaller:>11.1%}')
+    print("prior ≥ 0.5: the share of objects that some prior overlaps by at least 0.5; median best: of the objects'\n"
+          'largest overlaps; too small: the share of objects with less area than the smallest prior')
+    poor = [label for label, (_, found, _, _) in rows.items() if found < 0.8 and label != 'all']
+    if poor:
+        print(f'Of {", ".join(poor)}, fewer than 80 % find a prior: if they are too small, cut the pictures into\n'
+              'parts or give FEATURE_MAPS in model.py smaller scales; if they are too long, give it other ratios')
 
 
 if __name__ == '__main__':

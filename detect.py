@@ -20,8 +20,10 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from model import load_coco_model, load_model
-from utils import (InputError, autocast, look_through, make_folder, make_label_colors, read_image, replaced_file,
-                   require, run_script)
+from utils import (PRECISIONS, InputError, autocast, look_through, make_folder, make_label_colors, read_image,
+                   replaced_file, require, run_script)
+
+# Each annotated constant is a setting: `--min_score 0.4` on the command line changes it for one run.
 
 checkpoint: str = 'checkpoint_ssd300.pth'  # a file that train.py wrote; 'coco': torchvision's network, trained on COCO
 image: list[str] = ['img/emoji_voc/VOC2007/JPEGImages/000009.jpg']  # pictures of any format, or folders of pictures
@@ -31,23 +33,24 @@ top_k: int = 200  # at most this many objects per picture, the best ones
 suppress: list[str] | None = None  # classes to leave out; None: all are shown
 output: str = 'detections'  # folder for the annotated copies; for one picture, also a file's name: .jpg, .png, …
 save_json: bool = False  # write the objects of all pictures to detections.json, beside the copies
-precision: str = 'float32'  # or 'bfloat16', for GPUs and CPUs that compute in it
+precision: str = 'float32'  # 'bfloat16' for GPUs and CPUs that compute in it; 'auto': bfloat16 where that is so
 
 
 def main():
     check_settings()
     paths = find_pictures(image)
     outputs = output_paths(paths)
-    _, label_map = load_detector(checkpoint)
+    detector = model, label_map = load_detector(checkpoint)
     for label in suppress or ():
         require(label in label_map, f"suppress names '{label}', but the classes are {', '.join(list(label_map)[1:])}")
 
-    colors, found, failed = make_label_colors(label_map), {}, 0
+    found, failed = {}, 0
     for path, output_path in zip(tqdm(paths, unit='picture', disable=len(paths) == 1), outputs):
         try:
             original_image = read_image(path)
-            objects = find_objects(original_image, min_score, max_overlap, top_k, suppress)
-            annotated = draw_objects(original_image, objects, colors)
+            with autocast(model.priors_cxcy.device, precision):
+                objects = find_objects(original_image, min_score, max_overlap, top_k, suppress, detector)
+            annotated = draw_objects(original_image, objects, make_label_colors(label_map))
             save_image(annotated, output_path)
         except InputError as error:
             if len(paths) == 1:
@@ -68,31 +71,31 @@ def main():
     require(not failed, f'{failed} of {len(paths)} pictures failed; the others are done')
 
 
-def detect(original_image, min_score, max_overlap, top_k, suppress=None):
-    """Draws the objects that the network of `checkpoint` finds into a copy of a picture.
+def detect(original_image, min_score, max_overlap, top_k, suppress=None, detector=None):
+    """Draws the objects that a network finds into a copy of a picture.
 
     :param original_image: PIL image; it stays as it is
     :param min_score: only objects with a greater score
     :param max_overlap: two boxes of one class that overlap by more than this are one object
     :param top_k: at most this many objects
     :param suppress: labels of classes to leave out
+    :param detector: network and label map, as `load_detector` returns them; None: those of `checkpoint`, loaded once
     :return: PIL image, mode RGB, of the same size
     """
-    objects = find_objects(original_image, min_score, max_overlap, top_k, suppress)
-    return draw_objects(original_image, objects, make_label_colors(load_detector(checkpoint)[1]))
+    detector = detector or load_detector(checkpoint)
+    objects = find_objects(original_image, min_score, max_overlap, top_k, suppress, detector)
+    return draw_objects(original_image, objects, make_label_colors(detector[1]))
 
 
 @torch.no_grad()
-def find_objects(original_image, min_score, max_overlap, top_k, suppress=None):
+def find_objects(original_image, min_score, max_overlap, top_k, suppress=None, detector=None):
     """The objects in a picture: a list of (label, score, (x_min, y_min, x_max, y_max) in the picture's pixels), by
     falling score. The arguments are those of `detect`."""
-    model, label_map = load_detector(checkpoint)
+    model, label_map = detector or load_detector(checkpoint)
     names = {index: label for label, index in label_map.items()}
-    device = model.priors_cxcy.device
-    pixels = look_through(original_image.convert('RGB'), mean=model.image_mean, std=model.image_std)
-    with autocast(device, precision):
-        predicted_locs, predicted_scores = model(pixels.unsqueeze(0).to(device))  # (1, 8732, 4), (1, 8732, n_classes)
-    boxes, labels, scores = model.detect_objects(predicted_locs, predicted_scores, min_score, max_overlap, top_k)
+    pixels = look_through(original_image.convert('RGB'), mean=model.image_mean, std=model.image_std)  # (3, 300, 300)
+    predictions = model(pixels.unsqueeze(0).to(model.priors_cxcy.device))  # (1, 8732, 4), (1, 8732, n_classes)
+    boxes, labels, scores = model.detect_objects(*predictions, min_score, max_overlap, top_k)
     # An object may reach beyond the picture's edge; what can be drawn ends there.
     width, height = original_image.size
     boxes = boxes[0].cpu().clamp(0, 1) * torch.tensor([width, height, width, height])  # (n, 4), pixels
@@ -132,7 +135,7 @@ def draw_objects(original_image, objects, colors):
 
 
 def readable_on(color):
-    """Black or white, whichever stands out against a colour."""
+    """Black or white, whichever stands out against a color."""
     return 'black' if ImageColor.getcolor(color, 'L') > 110 else 'white'
 
 
@@ -169,15 +172,13 @@ def output_paths(paths) -> list[Path]:
 
 
 def save_image(image, path):
-    """Saves a picture in the format that its name tells, and returns the path."""
+    """Saves a picture in the format that its name tells."""
     make_folder(path.parent)
-    with replaced_file(path) as file:
-        try:
-            image.save(file, Image.registered_extensions()[path.suffix.lower()])
-        except Exception as error:  # every format has limits and exceptions of its own: WebP takes 16,383 pixels
-            raise InputError(f"can't save the picture as '{path}' ({error}): choose another output, like one that ends "
-                             'in .png') from None
-    return path
+    try:
+        image.save(path)
+    except Exception as error:  # every format has limits and exceptions of its own: WebP takes 16,383 pixels
+        raise InputError(f"can't save the picture as '{path}' ({error}): choose another output, like one that ends "
+                         'in .png') from None
 
 
 def show(image):
@@ -193,7 +194,7 @@ def check_settings():
     require(0 <= min_score < 1, f'min_score must be at least 0 and less than 1, not {min_score}')
     require(0 <= max_overlap <= 1, f'max_overlap must be between 0 and 1, not {max_overlap}')
     require(top_k >= 1, f'top_k must be at least 1, not {top_k}')
-    autocast(torch.device('cpu'), precision)  # refuses a precision that it doesn't know
+    require(precision in PRECISIONS, f"precision must be one of {', '.join(PRECISIONS)}, not '{precision}'")
 
 
 if __name__ == '__main__':

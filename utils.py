@@ -135,14 +135,6 @@ def decimate(tensor, m):
 
 # -------------------------------------------------------------------------------------------- data lists
 
-class _PlainXML(ElementTree.TreeBuilder):
-    """Refuses document types: VOC has none, and entities defined in one can blow a few lines of XML up to
-    gigabytes ("billion laughs")."""
-
-    def doctype(self, name, pubid, system):
-        raise ValueError('it declares a document type')
-
-
 def tag_text(element, tag) -> str:
     """The text of a tag below an element, without the blanks around it. Raises ValueError if there is none."""
     text = element.findtext(tag)
@@ -169,7 +161,7 @@ def parse_annotation(annotation_path, label_map=label_map, unknown_labels=None) 
     index_of = {label.lower(): index for label, index in label_map.items() if index > 0}
     objects = {'boxes': [], 'labels': [], 'difficulties': []}
     try:
-        root = ElementTree.parse(annotation_path, ElementTree.XMLParser(target=_PlainXML())).getroot()
+        root = ElementTree.parse(annotation_path).getroot()
         if root.tag != 'annotation':
             raise ValueError(f'its root is <{root.tag}>, not <annotation>')
         for element in root.findall('object'):
@@ -201,8 +193,6 @@ def opened_picture(path):
     InputError that names the file."""
     try:
         with Image.open(path) as image:
-            if image.format == 'EPS':  # PostScript is a program, which Pillow would have Ghostscript run
-                raise ValueError('PostScript is not read')
             yield image
     except FileNotFoundError:
         raise InputError(f"picture '{path}' isn't there: copy it there, or make the data lists again without "
@@ -227,8 +217,6 @@ def read_image(path) -> Image.Image:
 def picture_size(path) -> tuple[int, int]:
     """Width and height in pixels of the picture that `read_image` would give, from the file's header alone."""
     with opened_picture(path) as image:
-        if image.format == 'TIFF':  # Pillow turns it by itself, but some versions only with the pixels
-            image.load()
         width, height = image.size
         turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF orientations that lie on their side
         return (height, width) if turned else (width, height)
@@ -249,9 +237,9 @@ def clip_to_picture(objects, size, path) -> dict[str, list]:
     return clipped
 
 
-def read_split(voc_path, split, label_map, unknown_labels) -> tuple[list[str], list[dict]]:
-    """The absolute paths of the pictures of one split ('trainval' or 'test') of a folder in VOC's layout, and
-    the objects in each."""
+def read_split(voc_path, split, label_map, unknown_labels) -> list[tuple[str, tuple[int, int], dict]]:
+    """The pictures of one split ('trainval' or 'test') of a folder in VOC's layout: of each, its absolute path, its
+    size (width, height) in pixels, and its objects."""
     voc_path = Path(voc_path).resolve()
     if not voc_path.is_dir():
         raise InputError(f"VOC folder '{voc_path}' isn't there: set the path to where VOC lies, or set download")
@@ -265,17 +253,16 @@ def read_split(voc_path, split, label_map, unknown_labels) -> tuple[list[str], l
     if not names:
         raise InputError(f"'{list_path}' names no picture: write a picture's name without .jpg on each line")
 
-    images, objects = [], []
+    pictures = []
     for name in tqdm(names, desc=f'{voc_path.name} {split}', unit=' pictures'):
         image_path = voc_path / 'JPEGImages' / f'{name}.jpg'
         annotation_path = voc_path / 'Annotations' / f'{name}.xml'
-        parsed = parse_annotation(annotation_path, label_map, unknown_labels)
-        images.append(str(image_path))
-        objects.append(clip_to_picture(parsed, picture_size(image_path), annotation_path))
-    return images, objects
+        parsed, size = parse_annotation(annotation_path, label_map, unknown_labels), picture_size(image_path)
+        pictures.append((str(image_path), size, clip_to_picture(parsed, size, annotation_path)))
+    return pictures
 
 
-def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels):
+def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, skip_empty=False):
     """Reads VOC's annotations and writes what PascalVOCDataset reads, as five JSON files.
 
     TRAIN_images.json and TEST_images.json list the pictures' absolute paths; TRAIN_objects.json and
@@ -284,22 +271,27 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels):
 
     The training data are the split trainval of voc07_path and of voc12_path, which may be None, a folder or a list of
     folders; the test data are the split test of voc07_path. Folders with other labels than VOC's will do as well, if
-    their layout is VOC's. Raises InputError before anything is written if a folder, file or picture is missing or
-    broken.
+    their layout is VOC's. With skip_empty, training pictures without an object of the labels are left out. Raises
+    InputError before anything is written if a folder, file or picture is missing or broken.
+
+    :return: the objects of the training data: boxes in fractional boundary coordinates (n, 4), labels (n)
     """
     names = [label.strip().lower() for label in labels]
     require(names and all(names) and len({*names, 'background'}) == len(names) + 1,
             f"labels must be names that differ, none of them 'background', not {', '.join(labels) or 'none at all'}")
     more_paths = [voc12_path] if isinstance(voc12_path, (str, Path)) else voc12_path or []
     label_map, unknown_labels = make_label_map(label.strip() for label in labels), Counter()
-    splits = {'TRAIN': [(path, 'trainval') for path in (voc07_path, *more_paths)], 'TEST': [(voc07_path, 'test')]}
+    splits = {'TRAIN': [picture for path in (voc07_path, *more_paths)
+                        for picture in read_split(path, 'trainval', label_map, unknown_labels)],
+              'TEST': read_split(voc07_path, 'test', label_map, unknown_labels)}
+    n_empty = sum(not objects['boxes'] for _, _, objects in splits['TRAIN'])
+    if skip_empty:
+        splits['TRAIN'] = [picture for picture in splits['TRAIN'] if picture[2]['boxes']]
+        require(splits['TRAIN'], f"no training picture has an object of {', '.join(labels)}: name other labels")
     files = {'label_map': label_map}
-    for split, sources in splits.items():
-        files[f'{split}_images'], files[f'{split}_objects'] = [], []
-        for path, voc_split in sources:
-            images, objects = read_split(path, voc_split, label_map, unknown_labels)
-            files[f'{split}_images'] += images
-            files[f'{split}_objects'] += objects
+    for split, pictures in splits.items():
+        files[f'{split}_images'] = [path for path, _, _ in pictures]
+        files[f'{split}_objects'] = [objects for _, _, objects in pictures]
 
     output_folder = Path(output_folder)
     make_folder(output_folder)
@@ -308,13 +300,36 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels):
             file = stack.enter_context(replaced_file(output_folder / f'{name}.json'))
             file.write(json.dumps(content).encode())
             file.flush()
-
-    for split in splits:
-        n_objects = sum(len(objects['boxes']) for objects in files[f'{split}_objects'])
-        print(f'{split}: {len(files[f"{split}_images"]):,} images with {n_objects:,} objects')
-    for label, count in unknown_labels.most_common():
-        print(f"Left out of the label '{label}', which is none of the {len(labels)}: {count:,}")
+    report_data_lists(splits, n_empty, skip_empty, unknown_labels)
     print(f"The data lists are in '{output_folder.resolve()}'")
+
+    boxes = [[x / width, y / height, x2 / width, y2 / height] for _, (width, height), objects in splits['TRAIN']
+             for x, y, x2, y2 in objects['boxes']]
+    labels = [label for _, _, objects in splits['TRAIN'] for label in objects['labels']]
+    return torch.tensor(boxes).view(-1, 4), torch.tensor(labels, dtype=torch.long)
+
+
+def report_data_lists(splits, n_empty, skip_empty, unknown_labels):
+    """Says how many images and objects there are, and what was left out."""
+    for split, pictures in splits.items():
+        n_objects = sum(len(objects['boxes']) for _, _, objects in pictures)
+        print(f'{split}: {len(pictures):,} images with {n_objects:,} objects')
+    if n_empty:
+        print(f'{n_empty:,} training pictures have no object of these labels: '
+              + ('left out' if skip_empty else '--skip_empty leaves them out'))
+    for label, count in unknown_labels.most_common():
+        print(f"Left out of the label '{label}', which is none of these labels: {count:,}")
+
+
+def best_prior_overlaps(boxes, priors_cxcy):
+    """For each object, its largest Jaccard overlap with any prior (n).
+
+    :param boxes: objects in fractional boundary coordinates (n, 4), as they come to the network: resized to a square
+    :param priors_cxcy: priors in center-size coordinates (8732, 4)
+    """
+    priors_xy = cxcy_to_xy(priors_cxcy)
+    # Some hundred at a time: all overlaps of VOC's 47,223 objects together would take 1.6 GB.
+    return torch.cat([find_jaccard_overlap(some, priors_xy).amax(dim=1) for some in boxes.split(500)])
 
 
 # -------------------------------------------------------------------------------------------- transforms
@@ -461,7 +476,7 @@ def transform(image, boxes, labels, difficulties, split, mean=IMAGENET_MEAN, std
         labels, difficulties = labels[kept], difficulties[kept]
         mirror = random.random() < 0.5
 
-    image = look_through(image, window, mirror, train, mean, std)
+    image = look_through(image, window, mirror, distort=train, mean=mean, std=std)
 
     left, top, right, bottom = window
     width, height = right - left, bottom - top

@@ -63,7 +63,7 @@ def colours(image):
 
 # --------------------------------------------------------------------------------- for any training picture
 
-@pytest.mark.parametrize('value', range(60))
+@pytest.mark.parametrize('value', range(12))
 def test_training_pictures_keep_shapes_types_and_boxes_inside(value):
     image, boxes, labels, difficulties = random_case(value)
     image, new_boxes, new_labels, new_difficulties = transform(image, boxes, labels, difficulties, 'TRAIN')
@@ -77,7 +77,7 @@ def test_training_pictures_keep_shapes_types_and_boxes_inside(value):
     assert (new_boxes[:, 2:] > new_boxes[:, :2]).all()
 
 
-@pytest.mark.parametrize('value', range(60))
+@pytest.mark.parametrize('value', range(12))
 def test_labels_and_difficulties_stay_with_their_boxes(value):
     _, boxes, labels, difficulties = random_case(value)
     survivors = Counter()
@@ -156,7 +156,7 @@ def test_a_box_as_thin_as_the_data_lists_let_through_keeps_its_area(monkeypatch)
 
 # ---------------------------------------------------------------------------------------- test pictures
 
-@pytest.mark.parametrize('value', range(20))
+@pytest.mark.parametrize('value', range(12))
 def test_a_test_picture_is_only_resized_and_normalised_as_torchvision_does_it(value):
     image, boxes, labels, difficulties = random_case(value, high=600)
     pixels, new_boxes, new_labels, new_difficulties = transform(image, boxes, labels, difficulties, 'TEST')
@@ -165,12 +165,6 @@ def test_a_test_picture_is_only_resized_and_normalised_as_torchvision_does_it(va
     width, height = image.size
     torch.testing.assert_close(new_boxes, boxes / torch.tensor([width, height, width, height]))
     assert new_labels.equal(labels) and new_difficulties.equal(difficulties)
-
-
-@pytest.mark.parametrize('split', ['train', 'VAL', '', None])
-def test_another_split_is_refused(split):
-    with pytest.raises(ValueError, match='split'):
-        transform(Image.new('RGB', (9, 9)), torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), split)
 
 
 # -------------------------------------------------------------------------- boxes and pixels move together
@@ -201,7 +195,7 @@ def check_painting(image, boxes, originals, scale):
     return mirrored
 
 
-@pytest.mark.parametrize('value', range(50))
+@pytest.mark.parametrize('value', range(12))
 def test_a_picture_painted_with_its_own_coordinates_proves_that_boxes_and_pixels_move_together(value, monkeypatch):
     windows = []
 
@@ -221,18 +215,7 @@ def test_a_picture_painted_with_its_own_coordinates_proves_that_boxes_and_pixels
         assert check_painting(image, new_boxes, boxes[new_labels - 1], scale) == mirror
 
 
-def test_the_painted_picture_would_betray_boxes_that_do_not_move_with_the_pixels(monkeypatch):
-    # The check itself is checked: boxes that are off by 5 output pixels, or of a picture mirrored alone, don't pass.
-    picture, boxes = painted(200, 200), torch.tensor([[20.0, 20, 80, 120]])
-    image, new_boxes, *_ = transform(picture, boxes, torch.ones(1), torch.zeros(1), 'TEST')
-    scale = (200 / 300,) * 2
-    assert not check_painting(image, new_boxes, boxes, scale)
-    for wrong in (new_boxes + 5 / 300, new_boxes - 5 / 300, 1 - new_boxes[:, [2, 1, 0, 3]], new_boxes[:, [1, 0, 3, 2]]):
-        with pytest.raises(AssertionError):
-            check_painting(image, wrong, boxes, scale)
-
-
-@pytest.mark.parametrize('value', range(30))
+@pytest.mark.parametrize('value', range(12))
 def test_around_a_zoomed_out_picture_is_exactly_the_mean_colour(value, monkeypatch):
     monkeypatch.setattr(utils, 'random_crop', lambda window, boxes: (window, boxes, torch.ones(len(boxes)).bool()))
     seed(value)
@@ -285,7 +268,7 @@ def test_mirrored_boxes_follow_inclusive_pixels(monkeypatch):
 def test_mirroring_zooming_out_and_neither_happen_about_as_often_as_they_should(monkeypatch):
     seen = []
     monkeypatch.setattr(utils, 'random_crop', lambda window, boxes: (window, boxes, torch.ones(len(boxes)).bool()))
-    monkeypatch.setattr(utils, 'look_through', lambda image, window, mirror, distort: seen.append(
+    monkeypatch.setattr(utils, 'look_through', lambda image, window, mirror, distort, **_: seen.append(
         (window != (0, 0, 40, 40), mirror, distort)))
     seed(0)
     for _ in range(2000):
@@ -430,13 +413,6 @@ def test_zooming_out_goes_from_once_to_four_times_with_the_picture_anywhere_insi
     assert min(places) < 0.05 and max(places) > 0.95 and 0.45 < sum(places) / len(places) < 0.55
 
 
-def test_a_picture_of_one_pixel_can_be_zoomed_out():
-    seed(0)
-    for _ in range(50):
-        left, top, right, bottom = zoom_out(1, 1)
-        assert left <= 0 < right and top <= 0 < bottom and 1 <= right - left <= 4
-
-
 # ---------------------------------------------------------------------------------------------- colours
 
 def test_distortions_and_their_ranges_are_those_of_the_caffe_code():
@@ -464,38 +440,6 @@ def test_each_distortion_comes_half_of_the_time_anywhere_in_its_range_and_in_any
             orders[names] += 1
     assert all(1880 < counts[i] < 2120 for i in range(4))
     assert len(orders) == 24 and 200 < sum(orders.values()) < 300  # 4000 / 16, in all orders
-
-
-def test_factors_of_distortions_fill_their_ranges(monkeypatch):
-    factors = {0: [], 1: []}
-    monkeypatch.setattr(utils, 'DISTORTIONS', (
-        (lambda image, factor: factors[0].append(factor) or image, 0.5, 1.5),
-        (lambda image, factor: factors[1].append(factor) or image, -18 / 255, 18 / 255)))
-    seed(0)
-    for _ in range(2000):
-        photometric_distort(torch.zeros(3, 2, 2))
-    for values, low, high in ((factors[0], 0.5, 1.5), (factors[1], -18 / 255, 18 / 255)):
-        width = high - low
-        assert low <= min(values) < low + 0.02 * width and high - 0.02 * width < max(values) <= high
-        assert sum(values) / len(values) == pytest.approx((low + high) / 2, abs=0.03 * width)
-
-
-def test_colours_change_and_shapes_do_not():
-    image, changed = torch.tensor([0.8, 0.4, 0.2]).view(3, 1, 1).repeat(1, 20, 30), 0
-
-    def distort(value):
-        seed(value)
-        distorted = image.clone()
-        photometric_distort(distorted)
-        return distorted
-
-    for value in range(40):
-        distorted = distort(value)
-        assert distorted.min() >= 0 and distorted.max() <= 1
-        assert (distorted - distorted[:, :1, :1]).abs().max() < 1e-6
-        changed += not torch.equal(distorted, image)
-        assert torch.equal(distort(value), distorted)
-    assert changed > 30  # but for a chance of 1 in 16
 
 
 @pytest.mark.parametrize('shift', [-0.5, -18 / 255, -0.01, 0, 0.02, 18 / 255, 0.5])
