@@ -97,7 +97,7 @@ def test_objects_of_other_classes_are_counted_and_reported(tmp_path, capsys):
     folder = make_voc(tmp_path / 'voc', {'1': [('kiwi', (1, 1, 9, 9), 0), ('apple', (1, 1, 9, 9), 0)]})
     make_voc(folder, {'2': [('kiwi', (1, 1, 9, 9), 0)]}, 'test')
     create_data_lists(folder, None, tmp_path / 'lists', labels=FRUIT)
-    assert "label 'kiwi', which is none of the 3: 2" in capsys.readouterr().out
+    assert "label 'kiwi', which is none of these labels: 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('labels', [(), ('apple', 'Apple '), ('background', 'apple'), ('apple', ' ')])

@@ -50,8 +50,9 @@ def test_the_scripts_write_what_they_promise_and_nothing_else(workshop):
     with Image.open(folder / 'detections' / '000003.jpg') as image:
         assert image.size == (64, 48)
     assert 'mAP' in (folder / 'evaluation' / 'report.json').read_text()
-    assert set(os.listdir(folder)) - {'runs'} == {'data', 'checkpoint_ssd300.pth', 'training_log.csv', 'evaluation',
-                                                  'detections'}  # runs: TensorBoard's, where that is installed
+    assert set(os.listdir(folder)) - {'runs'} == {  # TensorBoard's, where that is installed
+        'data', 'checkpoint_ssd300.pth', 'best_checkpoint_ssd300.pth', 'training_log.csv', 'training_log.png',
+        'evaluation', 'detections'}
 
 
 def test_the_scripts_say_what_they_have_done(workshop):
