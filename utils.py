@@ -59,7 +59,7 @@ def make_label_map(labels) -> dict[str, int]:
 
 def make_label_colors(label_map) -> dict[str, str]:
     """{label: '#rrggbb'} for any number of classes."""
-    # Hues a golden ratio of the circle apart never repeat, and neighbours in the list look different.
+    # Hues a golden ratio of the circle apart never repeat, and neighbors in the list look different.
     colors = {}
     for label, index in label_map.items():
         rgb = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.85, 0.95 if index % 2 else 0.75)
@@ -345,7 +345,7 @@ IMAGENET_STD = [0.229, 0.224, 0.225]
 
 
 def shift_hue(image, shift):
-    """Turns the hue of an image (3, height, width) with values in [0, 1] by a fraction of the colour circle.
+    """Turns the hue of an image (3, height, width) with values in [0, 1] by a fraction of the color circle.
 
     The result is that of torchvision's adjust_hue, which takes several times as long. On the circle, from 0 to 6, red
     lies at 0, green at 2 and blue at 4; a channel is high within 1 of its place and low beyond 2, whatever the hue.
@@ -355,7 +355,7 @@ def shift_hue(image, shift):
     chroma = high - low
     hue = torch.where(high == red, green - blue,
                       torch.where(high == green, blue - red + 2 * chroma, red - green + 4 * chroma))
-    hue = hue / chroma.clamp(min=1e-8) + 6 * shift  # a grey pixel has no hue, and no chroma to show it
+    hue = hue / chroma.clamp(min=1e-8) + 6 * shift  # a gray pixel has no hue, and no chroma to show it
     hue = hue - 6 * (hue / 6).floor()  # once around the circle is back again
     return torch.stack((low + chroma * ((hue - 3).abs() - 1).clamp(0, 1),
                         low + chroma * (2 - (hue - 2).abs()).clamp(0, 1),
@@ -420,13 +420,13 @@ def random_crop(window, boxes):
 
 
 def look_through(image, window=None, mirror=False, distort=False, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """What a window shows of a picture, as the network wants it: (3, 300, 300), RGB in [0, 1] normalised by mean and
+    """What a window shows of a picture, as the network wants it: (3, 300, 300), RGB in [0, 1] normalized by mean and
     standard deviation.
 
     :param image: PIL image, mode RGB
     :param window: (left, top, right, bottom) in the image's pixels; None: the whole image
     :param mirror: mirror it left to right
-    :param distort: change its colours at random
+    :param distort: change its colors at random
     """
     left, top, right, bottom = window or (0, 0, *image.size)
     visible = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
@@ -443,7 +443,7 @@ def look_through(image, window=None, mirror=False, distort=False, mean=IMAGENET_
         part = ImageOps.mirror(part)
         x1, x2 = IMAGE_SIZE - x2, IMAGE_SIZE - x1
 
-    # Around the picture lies the mean colour, which normalisation makes 0. The picture itself is changed where it lies:
+    # Around the picture lies the mean color, which normalization makes 0. The picture itself is changed where it lies:
     # every copy of it would be a megabyte, which takes longer to get from the system than to fill.
     canvas = torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)
     pixels = canvas[:, y1:y2, x1:x2]  # (3, y2 − y1, x2 − x1): a view of its place

@@ -51,10 +51,10 @@ def draw_boxes(picture, boxes, color=PURPLE):
     return picture
 
 
-def to_picture(normalised):
+def to_picture(normalized):
     """What the network gets, (3, 300, 300), as a picture again."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return F.to_pil_image((normalised * std + mean).clamp(0, 1))
+    return F.to_pil_image((normalized * std + mean).clamp(0, 1))
 
 
 def through(boxes, window, mirror=False):
@@ -84,7 +84,7 @@ def draw_window(picture, window, boxes):
 
 
 def augmentation():
-    """Zooming out, cropping, mirroring, distorting colours: the picture and its window, and what comes out."""
+    """Zooming out, cropping, mirroring, distorting colors: the picture and its window, and what comes out."""
     picture, boxes = read_image(ASTRONAUT), torch.tensor(ASTRONAUT_BOXES, dtype=torch.float)
     whole = (0, 0, *picture.size)
     seed_everything(1)
@@ -95,7 +95,7 @@ def augmentation():
 
     sheet = Sheet(columns=4, rows=2, margin=12, caption_height=26)
     steps = (('zoom out', larger, boxes, {}), ('crop', smaller, visible, {}),
-             ('mirror', whole, boxes, {'mirror': True}), ('colours', whole, boxes, {'distort': True}))
+             ('mirror', whole, boxes, {'mirror': True}), ('colors', whole, boxes, {'distort': True}))
     for column, (name, window, seen, how) in enumerate(steps):
         sheet.paste(draw_window(picture, window, boxes), column, 0, f'{name}: the window')
         result = to_picture(look_through(picture, window, **how))

@@ -175,7 +175,7 @@ def draw_channels(canvas, x, y, values, colors):
 
 
 def draw_vector(canvas, x, y, values, colors):
-    """(12): four cells in each of the channels' colours."""
+    """(12): four cells in each of the channels' colors."""
     for channel, color in enumerate(colors):
         draw_cells(canvas, x + channel * 4 * CELL, y, [values.tolist()[channel * 4:channel * 4 + 4]], color)
 
@@ -317,7 +317,7 @@ def prediction_convolutions_1():
     window = [(TILE[0] + i, TILE[1] + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
     right, bottom = draw_map(canvas, 40, 84, channels, GREY, 26, window)
     canvas.text(105, bottom + 28, f'conv9_2\n{GRID} × {GRID} × {channels}', anchor='middle', bold=True)
-    for y, color, text, count in ((48, BLUE, 'localisation', f'{N_PRIORS} · 4 = {N_PRIORS * 4}'),
+    for y, color, text, count in ((48, BLUE, 'localization', f'{N_PRIORS} · 4 = {N_PRIORS * 4}'),
                                   (184, AMBER, 'classes', f'{N_PRIORS} · n_classes')):
         canvas.arrow(right + 12, 140, 300, y + 24)
         for i in (2, 1, 0):
@@ -331,7 +331,7 @@ def prediction_convolutions_1():
 def prediction_convolutions_2():
     """What comes out of the two convolutions."""
     canvas = Canvas(height=240)
-    outputs = ((190, N_PRIORS * 4, BLUE, f'localisation\n{GRID} × {GRID} × {N_PRIORS * 4}'),
+    outputs = ((190, N_PRIORS * 4, BLUE, f'localization\n{GRID} × {GRID} × {N_PRIORS * 4}'),
                (520, N_PRIORS * 21, AMBER, f'classes\n{GRID} × {GRID} × ({N_PRIORS} · n_classes)'))
     for x, channels, color, text in outputs:
         draw_map(canvas, x, 58, channels, color, 24, [TILE])
@@ -354,7 +354,7 @@ def open_tile(channels, color, heading, cells, first_width):
 
 
 def prediction_convolutions_3():
-    """The 24 localisation channels of one tile: four offsets for each of six priors."""
+    """The 24 localization channels of one tile: four offsets for each of six priors."""
     numbers = torch.arange(N_PRIORS * 4).view(N_PRIORS, 4).tolist()
     cells = [[f'channel {i}' for i in row] for row in numbers]
     canvas = open_tile(N_PRIORS * 4, BLUE, ['g_c_x', 'g_c_y', 'g_w', 'g_h'], cells, 110)

@@ -321,7 +321,7 @@ def signed(value):
 
 def receptive_fields():
     """Side in pixels of what one output of each feature map's 3×3 prediction convolution sees, and the distance in
-    pixels of two neighbouring outputs: {name: (receptive field, stride)}."""
+    pixels of two neighboring outputs: {name: (receptive field, stride)}."""
     layers = []  # (name, kernel size, stride, dilation), in the order in which an image passes them
     for block, (n_convs, _) in enumerate(VGG_BLOCKS, start=1):
         layers += [(f'conv{block}_{i}', 3, 1, 1) for i in range(1, n_convs + 1)]

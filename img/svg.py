@@ -16,8 +16,8 @@ LINE_HEIGHT = 21
 STROKE, HAIRLINE = 2, 1  # of lines, and of the grids behind them
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', Helvetica, Arial, sans-serif"
 
-# Colours that stay apart for colour-blind eyes, too. Each has one meaning in all figures.
-BLUE = '#0b66a8'  # localisation
+# Colors that stay apart for color-blind eyes, too. Each has one meaning in all figures.
+BLUE = '#0b66a8'  # localization
 AMBER = '#e69f00'  # classes
 RED = '#c8440c'  # priors
 GREEN = '#047857'  # positive
@@ -27,13 +27,13 @@ INK, PAPER, EDGE, WHITE = '#1f2328', '#f6f8fa', '#d0d7de', '#ffffff'
 
 
 def tint(color, strength=0.25):
-    """A colour mixed with white: 1 leaves it as it is, 0 is white."""
+    """A color mixed with white: 1 leaves it as it is, 0 is white."""
     channels = (int(color[i:i + 2], 16) for i in (1, 3, 5))
     return '#' + ''.join(f'{round(255 - strength * (255 - channel)):02x}' for channel in channels)
 
 
 def ink_on(color):
-    """Black or white, whichever is easier to read on a colour."""
+    """Black or white, whichever is easier to read on a color."""
     return INK if color in (AMBER, WHITE, PAPER) else WHITE
 
 
@@ -128,13 +128,13 @@ class Canvas:
                      font_weight='bold' if bold or title else None, font_size=TITLE_SIZE if title else None)
 
     def chip(self, x, y, text, color):
-        """A text on a ground of its colour, for labels on pictures; (x, y) is its upper left corner."""
+        """A text on a ground of its color, for labels on pictures; (x, y) is its upper left corner."""
         width = chip_width(text)
         self.rect(x, y, width, CHIP_HEIGHT, color, corner=3)
         self.text(x + width / 2, y + CHIP_HEIGHT - 6, text, ink_on(color), 'middle', bold=True)
 
     def table(self, x, y, widths, rows, fills=None, row_height=27):
-        """Rows of texts, the first one being the heading. `fills` gives cells (row, column) a colour."""
+        """Rows of texts, the first one being the heading. `fills` gives cells (row, column) a color."""
         for i, row in enumerate(rows):
             left = x
             for j, (cell, width) in enumerate(zip(row, widths, strict=True)):

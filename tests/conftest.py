@@ -62,7 +62,7 @@ def make_annotation(objects, size=(64, 48)):
 
 def make_voc(folder, pictures, split='trainval'):
     """Adds pictures to a folder in VOC's layout. `pictures` is {name: objects, or (image, objects)}, objects as in
-    `make_annotation` or the text of an XML file; without an image, a grey one of 64×48 is made. An image given as bytes
+    `make_annotation` or the text of an XML file; without an image, a gray one of 64×48 is made. An image given as bytes
     is written as it is. Returns the folder."""
     for sub in ('Annotations', 'ImageSets/Main', 'JPEGImages'):
         (folder / sub).mkdir(parents=True, exist_ok=True)

@@ -114,7 +114,7 @@ def test_more_folders_than_two_can_be_trained_on(tmp_path):
     assert [Path(path).stem for path in PascalVOCDataset(tmp_path / 'lists', 'TRAIN').images] == ['a1', 'b1', 'c1']
 
 
-def test_colours_differ_for_a_hundred_classes():
+def test_colors_differ_for_a_hundred_classes():
     colors = make_label_colors(make_label_map(f'class {i}' for i in range(100)))
     assert len(set(colors.values())) == 101
 

@@ -83,7 +83,7 @@ def test_pictures_change_at_random_for_training_or_where_augment_says_so(lists, 
     assert all(images[0].equal(image) for image in images[1:]) is not changes
 
 
-def test_without_augment_a_training_picture_is_the_file_resized_and_normalised(lists):
+def test_without_augment_a_training_picture_is_the_file_resized_and_normalized(lists):
     dataset = PascalVOCDataset(lists, 'TRAIN', augment=False)
     with Image.open(dataset.images[0]) as image:
         expected = F.normalize(F.to_tensor(F.resize(image, [300, 300])), IMAGENET_MEAN, IMAGENET_STD)

@@ -167,7 +167,7 @@ def test_the_label_and_the_score_are_written(monkeypatch):
 
 
 @pytest.mark.parametrize('labels', [voc_labels, [f'class {i}' for i in range(200)]], ids=['VOC', '200 classes'])
-def test_texts_stand_out_against_every_label_colour(labels):
+def test_texts_stand_out_against_every_label_color(labels):
     def luminance(color):
         linear = [(value / 255 / 12.92 if value < 10 else ((value / 255 + 0.055) / 1.055) ** 2.4)
                   for value in ImageColor.getrgb(color)]
@@ -186,7 +186,7 @@ def test_objects_are_told_in_the_pictures_own_pixels_and_end_at_its_edges(networ
         ('cat', pytest.approx(0.3), (0, 0, 50, 25))]
 
 
-def test_the_network_sees_the_picture_resized_and_normalised_and_gets_the_settings(network):
+def test_the_network_sees_the_picture_resized_and_normalized_and_gets_the_settings(network):
     detect.find_objects(Image.new('RGB', (50, 90), (255, 0, 0)), 0.125, 0.375, 7)
     image, = network.seen
     assert image.shape == (1, 3, 300, 300) and network.arguments == (0.125, 0.375, 7)

@@ -169,11 +169,11 @@ def test_the_parts_add_up_to_the_loss_and_have_no_gradient():
     for alpha in (1.0, 0.5):
         criterion = MultiBoxLoss(priors, alpha=alpha)
         loss = criterion(locs.requires_grad_(), *rest)
-        confidence, localisation = criterion.parts
+        confidence, localization = criterion.parts
         assert confidence > 0
-        assert localisation > 0
+        assert localization > 0
         assert not criterion.parts.requires_grad
-        assert loss.item() == pytest.approx((confidence + alpha * localisation).item())
+        assert loss.item() == pytest.approx((confidence + alpha * localization).item())
 
 
 def test_hard_negatives_are_chosen_image_by_image():

@@ -56,8 +56,8 @@ def painted(width, height):
     return Image.merge('RGB', (columns, rows, Image.new('L', (width, height))))
 
 
-def colours(image):
-    """The values from 0 to 255 (3, 300, 300) that a normalised picture had before."""
+def colors(image):
+    """The values from 0 to 255 (3, 300, 300) that a normalized picture had before."""
     return (image * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]) * 255
 
 
@@ -157,7 +157,7 @@ def test_a_box_as_thin_as_the_data_lists_let_through_keeps_its_area(monkeypatch)
 # ---------------------------------------------------------------------------------------- test pictures
 
 @pytest.mark.parametrize('value', range(12))
-def test_a_test_picture_is_only_resized_and_normalised_as_torchvision_does_it(value):
+def test_a_test_picture_is_only_resized_and_normalized_as_torchvision_does_it(value):
     image, boxes, labels, difficulties = random_case(value, high=600)
     pixels, new_boxes, new_labels, new_difficulties = transform(image, boxes, labels, difficulties, 'TEST')
     expected = F.normalize(F.to_tensor(F.resize(image, [300, 300])), IMAGENET_MEAN, IMAGENET_STD)
@@ -170,14 +170,14 @@ def test_a_test_picture_is_only_resized_and_normalised_as_torchvision_does_it(va
 # -------------------------------------------------------------------------- boxes and pixels move together
 
 def check_painting(image, boxes, originals, scale):
-    """Compares the coordinates painted at the corners and the centres of a picture's boxes (n, 4) with the original
+    """Compares the coordinates painted at the corners and the centers of a picture's boxes (n, 4) with the original
     boxes (n, 4). `scale` is how many pixels of the original an output pixel covers, (2). Returns whether the picture is
     mirrored."""
-    column, row, _ = colours(image)  # (300, 300) each: what is painted there
+    column, row, _ = colors(image)  # (300, 300) each: what is painted there
     to_be_seen = (image != 0).any(dim=0)  # (300, 300)
     mirrored = False
     for box, (x_min, y_min, x_max, y_max) in zip(boxes.tolist(), originals.tolist()):
-        # In output pixels: the middles of the object's first and last column and row, and its centre.
+        # In output pixels: the middles of the object's first and last column and row, and its center.
         left, top, right, bottom = (min(int(300 * side + 0.5 / scale[i % 2]), 299) for i, side in enumerate(box))
         x, y = (left + right) // 2, (top + bottom) // 2
         visible = column[y, to_be_seen[y]]
@@ -216,7 +216,7 @@ def test_a_picture_painted_with_its_own_coordinates_proves_that_boxes_and_pixels
 
 
 @pytest.mark.parametrize('value', range(12))
-def test_around_a_zoomed_out_picture_is_exactly_the_mean_colour(value, monkeypatch):
+def test_around_a_zoomed_out_picture_is_exactly_the_mean_color(value, monkeypatch):
     monkeypatch.setattr(utils, 'random_crop', lambda window, boxes: (window, boxes, torch.ones(len(boxes)).bool()))
     seed(value)
     width, height = random.randint(30, 300), random.randint(30, 300)
@@ -252,7 +252,7 @@ def test_the_mirrored_mirror_is_the_original():
             original = look_through(image, before)
             again = look_through(ImageOps.mirror(image), after, mirror=True)
             # Resizing rounds to bytes: one step of 255 may lie between the two.
-            assert (colours(original) - colours(again)).abs().max() < 1.01
+            assert (colors(original) - colors(again)).abs().max() < 1.01
 
 
 def test_mirrored_boxes_follow_inclusive_pixels(monkeypatch):
@@ -291,7 +291,7 @@ def overlap_drawn(monkeypatch):
 
 
 @pytest.mark.parametrize('overlap', OVERLAPS[1:])
-def test_a_crop_keeps_the_limits_of_size_aspect_ratio_centre_and_overlap(overlap, overlap_drawn):
+def test_a_crop_keeps_the_limits_of_size_aspect_ratio_center_and_overlap(overlap, overlap_drawn):
     seed(1)
     cropped, sizes, aspect_ratios = 0, [], []
     for _ in range(120):
@@ -314,7 +314,7 @@ def test_a_crop_keeps_the_limits_of_size_aspect_ratio_centre_and_overlap(overlap
 
         centers = (boxes[:, :2] + boxes[:, 2:]) / 2
         inside = ((centers > torch.tensor([left, top])) & (centers < torch.tensor([right - 1, bottom - 1]))).all(dim=1)
-        assert kept.equal(inside) and kept.any()  # those with their centre outside are dropped, some object stays
+        assert kept.equal(inside) and kept.any()  # those with their center outside are dropped, some object stays
         torch.testing.assert_close(new_boxes, torch.stack((
             boxes[kept, 0].clamp(min=left), boxes[kept, 1].clamp(min=top),
             boxes[kept, 2].clamp(max=right - 1), boxes[kept, 3].clamp(max=bottom - 1)), dim=1))
@@ -413,7 +413,7 @@ def test_zooming_out_goes_from_once_to_four_times_with_the_picture_anywhere_insi
     assert min(places) < 0.05 and max(places) > 0.95 and 0.45 < sum(places) / len(places) < 0.55
 
 
-# ---------------------------------------------------------------------------------------------- colours
+# ---------------------------------------------------------------------------------------------- colors
 
 def test_distortions_and_their_ranges_are_those_of_the_caffe_code():
     ranges = {adjust.__name__: (low, high) for adjust, low, high in DISTORTIONS}
@@ -446,7 +446,7 @@ def test_each_distortion_comes_half_of_the_time_anywhere_in_its_range_and_in_any
 def test_hue_is_shifted_as_torchvision_does(shift):
     torch.manual_seed(0)
     image = torch.rand(3, 40, 50)
-    image[:, :5] = image[:1, :5]  # grey
+    image[:, :5] = image[:1, :5]  # gray
     image[:2, 5:10] = 0.5  # two channels equal
     image[:, 10:12] = torch.tensor([[1.0, 0.0]]).view(1, 2, 1)  # white and black
     torch.testing.assert_close(shift_hue(image, shift), F.adjust_hue(image, shift), rtol=0, atol=2e-6)

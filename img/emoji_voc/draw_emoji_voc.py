@@ -11,7 +11,7 @@ Draw a larger one with three classes somewhere else:
     python img/emoji_voc/draw_emoji_voc.py --output_folder emoji_3 --classes cat dog bird \
         --n_train_2007 1000 --n_train_2012 0 --n_test 200
 
-It needs a colour emoji font: Noto Color Emoji, on Debian and Ubuntu `apt install fonts-noto-color-emoji`.
+It needs a color emoji font: Noto Color Emoji, on Debian and Ubuntu `apt install fonts-noto-color-emoji`.
 
 It writes JPEGImages/*.jpg and Annotations/*.xml for each picture, and the lists ImageSets/Main/*.txt, in the
 folders VOC2007 (training and test) and VOC2012 (training only) of the output folder. A set that it drew there
@@ -49,7 +49,7 @@ max_objects: int = 4  # a picture has from 1 to this many objects
 min_size: int = 90  # pixels; an object's longest side is at least this ...
 max_size: int = 260  # pixels; ... and at most this
 max_hidden: float = 0.1  # share of a box that may lie in a larger one; the IoU of the two is lower still
-noise: int = 6  # grey levels; each background pixel is changed by up to this much in each colour
+noise: int = 6  # gray levels; each background pixel is changed by up to this much in each color
 jpeg_quality: int = 90  # 1 to 95; higher looks better and takes more space
 
 EMOJI = {'aeroplane': '✈', 'bicycle': '🚲', 'bird': '🐦', 'boat': '⛵', 'bottle': '🍾', 'bus': '🚌', 'car': '🚗',
@@ -99,7 +99,7 @@ def draw_glyphs() -> dict[str, Image.Image]:
         emoji_font = ImageFont.truetype(font, font_size)
     except (OSError, ValueError) as error:
         fail(f'font: cannot read {font} at font_size {font_size} ({error}); install Noto Color Emoji '
-             f'(package fonts-noto-color-emoji on Debian and Ubuntu) or name another colour emoji font.')
+             f'(package fonts-noto-color-emoji on Debian and Ubuntu) or name another color emoji font.')
     return {name: draw_glyph(name, emoji_font) for name in classes}
 
 
@@ -107,7 +107,7 @@ def draw_glyph(name: str, emoji_font: ImageFont.FreeTypeFont) -> Image.Image:
     canvas = Image.new('RGBA', (3 * font_size, 3 * font_size))
     ImageDraw.Draw(canvas).text((font_size, font_size), EMOJI[name], 'black', emoji_font, embedded_color=True)
     if not canvas.convert('RGB').getbbox():  # nothing drawn, or nothing but black
-        fail(f'font: {font} has no coloured {EMOJI[name]} ({name}); use Noto Color Emoji or leave it out.')
+        fail(f'font: {font} has no colored {EMOJI[name]} ({name}); use Noto Color Emoji or leave it out.')
     # On the empty canvas soft edges have mixed with black; read as premultiplied ('RGBa') they recover
     glyph = Image.frombytes('RGBa', canvas.size, canvas.tobytes()).convert('RGBA')
     return glyph.crop(glyph.getbbox())
@@ -174,12 +174,12 @@ def hidden_share(a: Box, b: Box) -> float:
 
 
 def draw_background(picture_size: tuple[int, int], rng: random.Random) -> Image.Image:
-    """Four soft colours, one in each corner, that melt into one another, with noise on top."""
+    """Four soft colors, one in each corner, that melt into one another, with noise on top."""
     corners = Image.new('RGB', (2, 2))
     base = [rng.randint(130, 215) for _ in range(3)]
     for corner in ((0, 0), (1, 0), (0, 1), (1, 1)):
         corners.putpixel(corner, tuple(level + rng.randint(-30, 30) for level in base))
-    # The box joins the centres of the four pixels; beyond them there would be nothing to blend
+    # The box joins the centers of the four pixels; beyond them there would be nothing to blend
     gradient = corners.resize(picture_size, Image.Resampling.BILINEAR, box=(0.5, 0.5, 1.5, 1.5))
 
     # Image.effect_noise would be shorter, but cannot be seeded
