@@ -3,19 +3,26 @@
 Drawn twice as large as they are shown, for sharp screens.
 """
 
+import random
+
 import torch
 import torchvision.transforms.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from scenes import ASTRONAUT, DOGS_AND_CAT, DOGS_AND_CAT_BOXES, HERE
 from svg import AMBER, FONT_SIZE, INK, PAPER, PURPLE, STROKE, WHITE, WIDTH
-from train import seed_everything
 from utils import IMAGENET_MEAN, IMAGENET_STD, look_through, random_crop, read_image, transform, zoom_out
 
 ZOOM = 2  # pixels drawn per pixel shown
 ASTRONAUT_BOXES = ((18, 10, 284, 399), (276, 0, 358, 224))  # in pixels: person, space shuttle
 CHELSEA, CHELSEA_BOXES = HERE / 'photos/chelsea.jpg', ((28, 0, 402, 299),)  # in pixels: cat
 FILLER = tuple(round(255 * channel) for channel in IMAGENET_MEAN)
+
+
+def seed_everything(seed):
+    """Makes what is random below the same each time."""
+    random.seed(seed)
+    torch.manual_seed(seed)
 
 
 class Sheet:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from model import AUXILIARY_LAYERS, FEATURE_MAPS, SSD300, VGG_BLOCKS
-from scenes import PRIOR_NAMES
+from model import FEATURE_MAPS, SSD300, AuxiliaryConvolutions
+from scenes import PRIOR_NAMES, VGG_BLOCKS
 from svg import AMBER, BLUE, EDGE, GREEN, GREY, HAIRLINE, INK, LINE_HEIGHT, RED, WHITE, Canvas, tint
 from utils import IMAGE_SIZE, decimate, label_map
 
@@ -100,7 +100,8 @@ def auxiliary_convolutions():
     """The eight layers on top of the base; every second one gives a feature map for predictions."""
     shapes = layer_shapes()
     stages = [Stage(['conv7'], *shapes['conv7'], color=BLUE)]
-    for name, (_, _, kernel_size, stride, padding) in AUXILIARY_LAYERS.items():
+    for name, conv in AuxiliaryConvolutions().named_children():
+        kernel_size, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
         note = f'{kernel_size}×{kernel_size}' + (f',\nstride {stride}' if stride > 1 else '')
         if kernel_size == 3 and padding == 0:
             note += ',\nno padding'

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from model import FEATURE_MAPS, SSD300, VGG_BLOCKS, MultiBoxLoss
+from model import FEATURE_MAPS, SSD300, MultiBoxLoss
 from svg import (AMBER, BLUE, CHIP_HEIGHT, EDGE, GREEN, GREY, HAIRLINE, INK, LINE_HEIGHT, PURPLE, RED, STROKE, WHITE,
                  Canvas, chip_width, tint)
 from utils import (IMAGE_SIZE, cxcy_to_gcxgcy, cxcy_to_xy, find_intersection, find_jaccard_overlap, label_map,
@@ -19,6 +19,7 @@ HERE = Path(__file__).resolve().parent
 ASTRONAUT, COFFEE = HERE / 'photos/astronaut.jpg', HERE / 'photos/coffee.jpg'
 DOGS_AND_CAT = HERE / 'photos/dogs_and_cat.jpg'
 QUICK_START = HERE / 'quick_start_detections.json'
+VGG_BLOCKS = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))  # convolutions and channels of VGG-16's blocks
 PRIOR_NAMES = ('1 : 1', '1 : 1 extra', '2 : 1', '3 : 1', '1 : 2', '1 : 3')  # of conv9_2: width to height
 
 COFFEE_BOX = (61, 15, 384, 307)  # in pixels: cup and saucer
