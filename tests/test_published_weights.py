@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -278,7 +279,8 @@ def test_weights_of_amdegroot_and_lufficc_predict_what_their_networks_do(names, 
     network, image, (boxes, probabilities) = peer
     weights = renamed(network.state_dict(), names)
     path = tmp_path / 'ssd300.pth'
-    torch.save({'model': weights, 'optimizer': {'whatever': [1]}, 'iteration': 120000} if wrap else weights, path)
+    beside = {'optimizer': {'whatever': Path('an object')}, 'iteration': 120000}  # is ignored
+    torch.save({'model': weights, **beside} if wrap else weights, path)
     ours, label_map = load_model(path)
     assert label_map == utils.label_map and not ours.clip_boxes
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (ours.image_mean, ours.image_std))
