@@ -12,7 +12,6 @@ import functools
 import json
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from utils import (PRECISIONS, InputError, autocast, look_through, make_folder, 
 
 # Each annotated constant is a setting: `--min_score 0.4` on the command line changes it for one run.
 
-checkpoint: str = 'checkpoint_ssd300.pth'  # a file that train.py wrote; 'coco': torchvision's network, trained on COCO
+checkpoint: str = 'checkpoint_ssd300.pth'  # train.py's or others' weights; 'coco': torchvision's, trained on COCO
 image: list[str] = ['img/emoji_voc/VOC2007/JPEGImages/000009.jpg']  # pictures of any format, or folders of pictures
 min_score: float = 0.2  # only objects with a greater score; lower finds more, and more that isn't there
 max_overlap: float = 0.5  # boxes of a class that overlap by more are one object; higher lets more duplicates through
@@ -44,7 +43,7 @@ def main():
     for label in suppress or ():
         require(label in label_map, f"suppress names '{label}', but the classes are {', '.join(list(label_map)[1:])}")
 
-    found, failed = {}, 0
+    found = {}
     for path, output_path in zip(tqdm(paths, unit='picture', disable=len(paths) == 1), outputs):
         try:
             original_image = read_image(path)
@@ -55,8 +54,7 @@ def main():
         except InputError as error:
             if len(paths) == 1:
                 raise
-            failed += 1
-            tqdm.write(f'Error: {error}', file=sys.stderr)
+            tqdm.write(f'Error: {error}', file=sys.stderr)  # and on with the next one
             continue
         found[str(path)] = [{'label': label, 'score': score, 'box': box} for label, score, box in objects]
         for label, score, box in objects:
@@ -68,7 +66,8 @@ def main():
             file.write(json.dumps(found, indent=2).encode())
     if len(paths) == 1:
         show(annotated)
-    require(not failed, f'{failed} of {len(paths)} pictures failed; the others are done')
+    n_failed = len(paths) - len(found)
+    require(n_failed == 0, f'{n_failed} of {len(paths)} pictures failed; the others are done')
 
 
 def detect(original_image, min_score, max_overlap, top_k, suppress=None, detector=None):
@@ -141,14 +140,11 @@ def readable_on(color):
 
 def find_pictures(names) -> list[Path]:
     """The pictures named, and in place of a folder all pictures in it, by name."""
-    paths = []
+    paths, readable = [], Image.registered_extensions()
     for path in map(Path, names):
-        if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in Image.registered_extensions())
-            require(inside, f"the folder '{path}' holds no picture: name another one")
-            paths += inside
-        else:
-            paths.append(path)
+        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in readable) if path.is_dir() else [path]
+        require(inside, f"the folder '{path}' holds no picture: name another one")
+        paths += inside
     require(paths, 'no picture is named: set image')
     return paths
 
@@ -156,18 +152,15 @@ def find_pictures(names) -> list[Path]:
 def output_paths(paths) -> list[Path]:
     """Where the annotated copies of pictures go, in the same order."""
     formats = Image.registered_extensions()  # {'.jpg': 'JPEG', …}
-    if Path(output).suffix.lower() in formats:
-        require(len(paths) == 1, f"output must be a folder for {len(paths)} pictures, not the file '{output}'")
-        outputs = [Path(output)]
-    else:
-        outputs = [Path(output, path.name) for path in paths]
+    is_file = Path(output).suffix.lower() in formats
+    require(len(paths) == 1 or not is_file, f"output must be a folder for {len(paths)} pictures, not '{output}'")
+    outputs = [Path(output) if is_file else Path(output, path.name) for path in paths]
     # A format that is unknown, or that Pillow can read but not write, becomes JPEG.
     outputs = [path if formats.get(path.suffix.lower()) in Image.SAVE else path.with_suffix('.jpg') for path in outputs]
-    times = Counter(outputs)
+    require(len(set(outputs)) == len(outputs), f"copies of several pictures in '{output}' would have the same name: "
+                                               'detect in one folder at a time')
     for path, output_path in zip(paths, outputs):
         require(path.resolve() != output_path.resolve(), f"output would overwrite the picture '{path}' itself")
-        require(times[output_path] == 1, f"the copies of several pictures would all be '{output_path}': "
-                                        'detect in one folder at a time')
     return outputs
 
 

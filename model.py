@@ -519,6 +519,7 @@ class Peer(NamedTuple):
     loc: str  # of the six localization convolutions, with {} for 0 … 5
     cl: str  # of the six class convolutions
     scales: tuple[float, ...]  # of the priors, and of the last extra one
+    clip_centers: bool  # whether the centers of priors are kept inside the image
     image_mean: list[float]
     image_std: list[float]
     clip_boxes: bool
@@ -529,15 +530,16 @@ CAFFE_PREPROCESSING = [123 / 255, 117 / 255, 104 / 255], [1 / 255] * 3, False  #
 CAFFE_SCALES = (0.1, 0.2, 0.37, 0.54, 0.71, 0.88, 1.05)
 PEERS = {
     'amdegroot/ssd.pytorch': Peer([f'vgg.{i}' for i in VGG_PLACES], 'L2Norm.weight', [f'extras.{i}' for i in range(8)],
-                                  'loc.{}', 'conf.{}', CAFFE_SCALES, *CAFFE_PREPROCESSING),
+                                  'loc.{}', 'conf.{}', CAFFE_SCALES, True, *CAFFE_PREPROCESSING),
     'lufficc/SSD': Peer([f'backbone.vgg.{i}' for i in VGG_PLACES], 'backbone.l2_norm.weight',
                         [f'backbone.extras.{i}' for i in range(8)], 'box_head.predictor.reg_headers.{}',
-                        'box_head.predictor.cls_headers.{}', CAFFE_SCALES, *CAFFE_PREPROCESSING),
+                        'box_head.predictor.cls_headers.{}', CAFFE_SCALES, True, *CAFFE_PREPROCESSING),
     'torchvision': Peer([*(f'backbone.features.{i}' for i in VGG16_PLACES[:10]),
                          *(f'backbone.extra.0.{i}' for i in ('1', '3', '5', '7.1', '7.3'))], 'backbone.scale_weight',
                         [f'backbone.extra.{i}.{j}' for i in range(1, 5) for j in (0, 2)],
                         'head.regression_head.module_list.{}', 'head.classification_head.module_list.{}',
-                        (0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05), [0.48235, 0.45882, 0.40784], [1 / 255] * 3, True),
+                        (0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05), False, [0.48235, 0.45882, 0.40784],
+                        [1 / 255] * 3, True),
 }
 
 
@@ -550,9 +552,9 @@ def load_any_checkpoint(path) -> dict:
             if isinstance(weights, dict) and peer.rescale_factors in weights:
                 try:
                     return from_peer(weights, name)
-                except (KeyError, AttributeError, RuntimeError) as error:
-                    raise InputError(f"'{path}' has names of {name} but not the weights of its SSD300 with VOC's or "
-                                     f"COCO's classes ({error}): name another file") from None
+                except (KeyError, ValueError, AttributeError, RuntimeError) as error:
+                    raise InputError(f"'{path}' has names of {name} but not the weights of its SSD300 with VOC's 21 or "
+                                     f"COCO's 91 classes ({error}): name another file") from None
     require(is_checkpoint(content), f"'{path}' holds no weights that are known here: name a checkpoint of train.py or "
                                     f"of the original tutorial, or weights of {', '.join(PEERS)}")
     return content
@@ -578,21 +580,25 @@ def from_peer(state_dict, name) -> dict:
                 weights[f'pred_convs.{own_head}_{feature_map.name}.{kind}'] = channels[order].flatten(0, 1)
     n_classes = len(weights['pred_convs.cl_conv11_2.bias']) // FEATURE_MAPS[5].n_priors
     return {'epoch': 0, 'model': weights, 'label_map': peer_label_map(n_classes), 'settings': {},
-            'priors_cxcy': caffe_priors(peer.scales), 'image_mean': peer.image_mean, 'image_std': peer.image_std,
-            'clip_boxes': peer.clip_boxes}
+            'priors_cxcy': caffe_priors(peer.scales, peer.clip_centers), 'image_mean': peer.image_mean,
+            'image_std': peer.image_std, 'clip_boxes': peer.clip_boxes}
 
 
 def peer_label_map(n_classes) -> dict[str, int]:
-    """The label map of VOC for 21 classes, of COCO for torchvision's 91. Raises KeyError for another number."""
+    """The label map of VOC for 21 classes, of COCO for torchvision's 91. Raises ValueError for another number."""
     # Some of COCO's 91 numbers stand for no class: torchvision calls all of them "N/A".
     coco = [f'N/A {i}' if label == 'N/A' else label
             for i, label in enumerate(SSD300_VGG16_Weights.COCO_V1.meta['categories'])]
-    return make_label_map({21: voc_labels, 91: coco[1:]}[n_classes])
+    labels = {21: voc_labels, 91: coco[1:]}
+    if n_classes not in labels:
+        raise ValueError(f'it has {n_classes} classes')
+    return make_label_map(labels[n_classes])
 
 
-def caffe_priors(scales):
-    """The priors of the authors' Caffe code and of those who follow it, in our order, center-size (8732, 4): like ours,
-    but of other scales, with centers in steps of whole pixels, and cut at 1 in center-size coordinates."""
+def caffe_priors(scales, clip_centers):
+    """The priors of those who follow the authors' Caffe code, in our order, center-size (8732, 4): like ours, but of
+    other scales, and with centers in steps of whole pixels, of which 19 on conv8_2's map lie 4 pixels beyond the image:
+    some keep those inside, torchvision doesn't."""
     priors = []
     for (_, _, grid, _, ratios), scale, next_scale, step in zip(FEATURE_MAPS, scales, scales[1:],
                                                                 (8, 16, 32, 64, 100, 300)):
@@ -601,4 +607,6 @@ def caffe_priors(scales):
         sizes.insert(1, (sqrt(scale * next_scale),) * 2)
         priors += [((column + 0.5) * step / IMAGE_SIZE, (row + 0.5) * step / IMAGE_SIZE, w, h)
                    for row in range(grid) for column in range(grid) for w, h in sizes]
-    return torch.tensor(priors).clamp(0, 1)
+    priors = torch.tensor(priors)  # (8732, 4)
+    priors[:, 0 if clip_centers else 2:].clamp_(max=1)
+    return priors

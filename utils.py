@@ -742,7 +742,9 @@ def read_checkpoint_file(path):
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')  # that the source code of the original's classes is missing
                 content = torch.load(path, map_location='cpu', weights_only=False, pickle_module=InertPickle)
-            return original_checkpoint(content)
+            # Weights of others may lie beside objects that weights_only refuses: those stay behind.
+            model = content['model']
+            return original_checkpoint(content) if isinstance(model, StandIn) else {'model': model}
     except FileNotFoundError:
         raise InputError(f"checkpoint '{path}' isn't there: train one with train.py, or name another one") from None
     except Exception as error:  # a file of any content may raise anything

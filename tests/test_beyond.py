@@ -1,4 +1,4 @@
-"""Beyond VOC and one GPU: several processes, mixed precision, other classes, reports, many pictures, export, COCO."""
+"""Beyond VOC and one GPU: several processes, mixed precision, other classes, reports, COCO."""
 
 import copy
 import json
@@ -10,7 +10,6 @@ from conftest import assert_one_sentence, make_voc, run_script
 from PIL import Image
 from torchvision.models.detection import SSD300_VGG16_Weights, ssd300_vgg16
 
-import detect
 from datasets import PascalVOCDataset
 from model import SSD300, MultiBoxLoss, load_coco_model, load_model, start_from_checkpoint
 from utils import (InputError, autocast, create_data_lists, find_jaccard_overlap, make_label_colors, make_label_map,
@@ -137,6 +136,7 @@ def test_fine_tuning_on_the_same_classes_keeps_everything(untrained_checkpoint, 
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in tuned.state_dict().items())
 
 
+@pytest.mark.slow
 def test_eval_and_detect_take_the_classes_from_the_checkpoint(fruit_lists, tmp_path):
     torch.manual_seed(0)
     network = SSD300(n_classes=4)
@@ -159,49 +159,6 @@ def test_eval_and_detect_take_the_classes_from_the_checkpoint(fruit_lists, tmp_p
     assert objects and {entry['label'] for entry in objects} <= set(FRUIT)
     refused = run_script('detect.py', '--checkpoint', checkpoint, '--suppress', 'cat')
     assert_one_sentence(refused, 'cat', 'apple, Pear, plum')
-
-
-# ------------------------------------------------------------------------------------------- many pictures
-
-@pytest.fixture
-def album(tmp_path, monkeypatch):
-    """A folder of three pictures, the second of them broken, and a detector that finds a cat in each."""
-    folder = tmp_path / 'album'
-    folder.mkdir()
-    for name in ('a.jpg', 'c.png'):
-        Image.new('RGB', (60, 40)).save(folder / name)
-    (folder / 'b.jpg').write_bytes(b'no picture')
-    (folder / 'notes.txt').write_text('no picture either')
-    monkeypatch.setattr(detect, 'load_detector', lambda checkpoint: (None, {'background': 0, 'cat': 1}))
-    monkeypatch.setattr(detect, 'find_objects', lambda *_: [('cat', 0.75, (1.0, 2.0, 30.0, 30.0))])
-    monkeypatch.setattr(detect, 'image', [str(folder)])
-    monkeypatch.setattr(detect, 'output', str(tmp_path / 'found'))
-    return folder
-
-
-def test_one_unreadable_picture_is_reported_and_the_rest_goes_on(album, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(detect, 'save_json', True)
-    with pytest.raises(InputError, match='1 of 3 pictures'):
-        detect.main()
-    assert str(album / 'b.jpg') in capsys.readouterr().err
-    assert sorted(path.name for path in (tmp_path / 'found').iterdir()) == ['a.jpg', 'c.png', 'detections.json']
-    found = json.loads((tmp_path / 'found' / 'detections.json').read_text())
-    assert found == {str(album / name): [{'label': 'cat', 'score': 0.75, 'box': [1, 2, 30, 30]}]
-                     for name in ('a.jpg', 'c.png')}
-
-
-def test_several_pictures_cannot_go_into_one_file(album, tmp_path, monkeypatch):
-    monkeypatch.setattr(detect, 'output', str(tmp_path / 'found.jpg'))
-    with pytest.raises(InputError, match=r'found\.jpg'):
-        detect.main()
-
-
-def test_copies_of_the_same_name_do_not_overwrite_each_other(album, tmp_path, monkeypatch):
-    Image.new('RGB', (9, 9)).save(tmp_path / 'a.jpg')
-    monkeypatch.setattr(detect, 'image', [str(album), str(tmp_path / 'a.jpg')])
-    with pytest.raises(InputError, match='several pictures'):
-        detect.main()
-    assert not (tmp_path / 'found').exists()
 
 
 # ------------------------------------------------------------------------------------------------- COCO
@@ -228,6 +185,7 @@ def test_coco_weights_that_cannot_be_downloaded_are_told_in_one_sentence(tmp_pat
         load_coco_model()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_for_other_classes_than_the_data_is_refused_with_both_maps(fruit_lists, untrained_checkpoint):
     _, label_map = load_model(untrained_checkpoint)
     process = run_script('eval.py', '--data_folder', fruit_lists, '--checkpoint', untrained_checkpoint)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,9 +112,7 @@ if age != 'today':
         vars(module)['_backend'] = Backend()
     nn.Parameter.__reduce_ex__ = lambda self, protocol: (nn.Parameter, (self.data, self.requires_grad))
     torch.optim.SGD.__getstate__ = lambda self: {'state': self.state, 'param_groups': self.param_groups}
-content = {'epoch': 231, 'model': model, 'optimizer': optimizer}
-if age == 'older':
-    content.update(loss=2.5, best_loss=torch.tensor(2.25), epochs_since_improvement=3)
+content = {'epoch': 231, 'model': model, 'optimizer': optimizer, 'loss': 2.5, 'best_loss': torch.tensor(2.25)}
 torch.save(content, path, _use_new_zipfile_serialization=zipped)
 '''
 
@@ -128,8 +127,7 @@ def write_original(folder, age='published', width=32, kind='old'):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('age', 'kind'), [('published', 'old'), ('older', 'old'), ('today', 'old'),
-                                           ('today', 'zipped')])
+@pytest.mark.parametrize(('age', 'kind'), [('published', 'old'), ('today', 'zipped')])
 def test_the_weights_of_the_original_code_are_read_bit_for_bit_in_both_formats(age, kind, tmp_path):
     path, expected = write_original(tmp_path, age, kind=kind)
     if age == 'published':
@@ -155,13 +153,12 @@ class Harm:
         return os.system, ('touch {harm}',)
 torch.save({{'epoch': 1, 'model': model.SSD300(21, 32), 'optimizer': Harm()}}, '{path}',
            _use_new_zipfile_serialization={zipped})
+torch.load('{path}', weights_only=False)
 """
     subprocess.run([sys.executable, '-c', script], cwd=tmp_path, check=True)
+    harm.unlink()  # an ordinary unpickler has run it
     assert len(load_checkpoint(path)['model']) == 71
     assert not harm.exists()
-    subprocess.run([sys.executable, '-c', f'import torch; torch.load("{path}", weights_only=False)'], cwd=tmp_path,
-                   check=True)
-    assert harm.exists()  # it would have run
 
 
 @pytest.mark.slow
@@ -282,7 +279,8 @@ def test_weights_of_amdegroot_and_lufficc_predict_what_their_networks_do(names, 
     network, image, (boxes, probabilities) = peer
     weights = renamed(network.state_dict(), names)
     path = tmp_path / 'ssd300.pth'
-    torch.save({'model': weights, 'optimizer': {'whatever': [1]}, 'iteration': 120000} if wrap else weights, path)
+    beside = {'optimizer': {'whatever': Path('an object')}, 'iteration': 120000}  # is ignored
+    torch.save({'model': weights, **beside} if wrap else weights, path)
     ours, label_map = load_model(path)
     assert label_map == utils.label_map and not ours.clip_boxes
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (ours.image_mean, ours.image_std))
@@ -300,20 +298,26 @@ def test_weights_of_amdegroot_and_lufficc_predict_what_their_networks_do(names, 
 @pytest.mark.slow
 def test_torchvisions_weights_for_coco_predict_what_its_network_does(tmp_path):
     torch.manual_seed(0)
-    theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=91, score_thresh=0.02, nms_thresh=0.45,
-                          topk_candidates=8732).eval()
+    theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=91).eval()
+    for name, parameter in theirs.named_parameters():
+        if 'module_list' in name and name.endswith('weight'):
+            nn.init.normal_(parameter, std=0.02 if '.0.weight' in name else 1e-3)
     torch.save(theirs.state_dict(), tmp_path / 'coco.pth')
     ours, label_map = load_model(tmp_path / 'coco.pth')
     assert len(label_map) == 91 and label_map['person'] == 1 and label_map['toothbrush'] == 90
-    image = torch.rand(1, 3, 300, 300)
+    image = torch.rand(3, 300, 300)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (ours.image_mean, ours.image_std))
     with torch.no_grad():
-        expected, = theirs(list(image))
-        (boxes,), (labels,), (scores,) = ours.detect_objects(*ours((image - mean) / std), 0.02, 0.45, 200)
-    assert len(scores) == len(expected['scores']) > 100
-    assert torch.equal(labels, expected['labels'])
-    torch.testing.assert_close(scores, expected['scores'], rtol=0, atol=1e-2)
-    torch.testing.assert_close(boxes * 300, expected['boxes'], rtol=0, atol=0.5)
+        seen, _ = theirs.transform([image])
+        torch.testing.assert_close((image - mean) / std, seen.tensors[0], rtol=0, atol=1e-4)
+        features = list(theirs.backbone(seen.tensors).values())
+        output, (anchors,) = theirs.head(features), theirs.anchor_generator(seen, features)
+        boxes = theirs.box_coder.decode_single(output['bbox_regression'][0], anchors).clamp(0, 300) / 300
+        our_boxes, our_probabilities = ours.decode(*ours(seen.tensors))
+    probabilities = in_our_order(output['cls_logits'].softmax(dim=2))
+    assert probabilities[0, :, 1:].max() > 0.1  # they say something
+    torch.testing.assert_close(our_probabilities, probabilities, rtol=0, atol=1e-5)
+    torch.testing.assert_close(our_boxes, in_our_order(boxes[None]), rtol=0, atol=1e-5)
 
 
 def test_weights_that_are_not_known_or_of_other_classes_are_refused_in_one_sentence(tmp_path):
@@ -322,7 +326,10 @@ def test_weights_that_are_not_known_or_of_other_classes_are_refused_in_one_sente
     with pytest.raises(InputError, match=r'weights\.pth.*no weights that are known here.*amdegroot.*lufficc'):
         load_any_checkpoint(path)
     torch.save({'L2Norm.weight': torch.rand(512), 'vgg.0.weight': torch.rand(64, 3, 3, 3)}, path)
-    with pytest.raises(InputError, match=r'weights\.pth.*names of amdegroot/ssd\.pytorch but not the weights'):
+    with pytest.raises(InputError, match=r"weights\.pth.*names of amdegroot/ssd\.pytorch but not the weights.*vgg\.2"):
+        load_any_checkpoint(path)
+    torch.save(renamed(PeerSSD(5).state_dict(), AMDEGROOT), path)
+    with pytest.raises(InputError, match=r'weights\.pth.*it has 5 classes'):
         load_any_checkpoint(path)
 
 
@@ -331,7 +338,7 @@ def test_weights_that_are_not_known_or_of_other_classes_are_refused_in_one_sente
 @pytest.mark.slow
 def test_the_exported_network_decodes_and_takes_any_batch(model):
     images = torch.rand(2, 3, 300, 300)
-    detector = DetectorForExport(model)
+    detector = DetectorForExport(model).eval()
     any_batch = {'images': {0: torch.export.Dim('batch')}}
     exported = torch.export.export(detector, (images,), dynamic_shapes=any_batch).module()
     with torch.no_grad():
@@ -345,7 +352,7 @@ def test_onnx_gives_the_same_boxes_and_probabilities(model, tmp_path):
     pytest.importorskip('onnxscript')
     runtime = pytest.importorskip('onnxruntime')
     images, path = torch.rand(1, 3, 300, 300), str(tmp_path / 'ssd300.onnx')
-    detector = DetectorForExport(model)
+    detector = DetectorForExport(model).eval()
     torch.onnx.export(detector, (torch.rand(2, 3, 300, 300),), path, dynamo=True,
                       dynamic_shapes={'images': {0: torch.export.Dim('batch')}})
     boxes, probabilities = map(torch.from_numpy, runtime.InferenceSession(path).run(None, {'images': images.numpy()}))
