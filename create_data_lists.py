@@ -46,12 +46,6 @@ def download_voc(folder) -> tuple[Path, Path]:
     return Path(folder, 'VOCdevkit', 'VOC2007'), Path(folder, 'VOCdevkit', 'VOC2012')
 
 
-def main():
-    paths = download_voc(download_folder) if download else (voc07_path, voc12_path)
-    objects = create_data_lists(*paths, output_folder, labels, skip_empty)
-    print_coverage(coverage(*objects, labels, SSD300.create_prior_boxes(None)))
-
-
 def coverage(boxes, box_labels, label_names, priors_cxcy) -> dict[str, tuple]:
     """Which objects can the priors find? An object that no prior overlaps by 0.5 is learned from one prior alone, the
     one that it claims.
@@ -73,6 +67,7 @@ def coverage(boxes, box_labels, label_names, priors_cxcy) -> dict[str, tuple]:
 
 
 def print_coverage(rows):
+    """Prints what `coverage` returns as a table, and advice on classes of which too few objects are found."""
     print(f'\n{"training objects":<20}{"number":>8}{"prior ≥ 0.5":>13}{"median best":>13}{"too small":>11}')
     for label, (number, found, median, smaller) in rows.items():
         print(f'{label:<20}{number:>8,}{found:>13.1%}{median:>13.2f}{smaller:>11.1%}')
@@ -80,8 +75,14 @@ def print_coverage(rows):
           'largest overlaps; too small: the share of objects with less area than the smallest prior')
     poor = [label for label, (_, found, _, _) in rows.items() if found < 0.8 and label != 'all']
     if poor:
-        print(f'Of {", ".join(poor)}, fewer than 80 % find a prior: if they are too small, cut the pictures into\n'
-              'parts or give FEATURE_MAPS in model.py smaller scales; if they are too long, give it other ratios')
+        print(f'Fewer than 80 % find a prior: {", ".join(poor)}. If they are small, cut the pictures into parts or\n'
+              'give FEATURE_MAPS in model.py smaller scales; if they are long and thin, give it other ratios')
+
+
+def main():
+    paths = download_voc(download_folder) if download else (voc07_path, voc12_path)
+    objects = create_data_lists(*paths, output_folder, labels, skip_empty)
+    print_coverage(coverage(*objects, labels, SSD300.create_prior_boxes(None)))
 
 
 if __name__ == '__main__':

@@ -143,15 +143,11 @@ def tag_text(element, tag) -> str:
     return text.strip()
 
 
-def has_area(box) -> bool:
-    """Whether a box can be trained on. In the float32 of tensors, thinner ones would have no size left."""
-    return all(map(math.isfinite, box)) and min(box[2] - box[0], box[3] - box[1]) >= 0.01
-
-
-def parse_annotation(annotation_path, label_map=label_map, unknown_labels=None) -> dict[str, list]:
+def parse_annotation(annotation_path, label_map=label_map, unknown_labels=None, size=None) -> dict[str, list]:
     """The objects in an annotation file of VOC's format.
 
     :param unknown_labels: a Counter, to which labels outside the label map are added; their objects are left out
+    :param size: width and height of the picture, at whose edges boxes are cut; None: they stay as they are
     :return: {'boxes': [[x_min, y_min, x_max, y_max], …] in pixels counted from 0, 'labels': [class index, …],
         'difficulties': [0 or 1, …]}
 
@@ -166,24 +162,24 @@ def parse_annotation(annotation_path, label_map=label_map, unknown_labels=None) 
             raise ValueError(f'its root is <{root.tag}>, not <annotation>')
         for element in root.findall('object'):
             label = tag_text(element, 'name')
-            box = [float(tag_text(element, f'bndbox/{corner}')) - 1  # VOC counts pixels from 1
-                   for corner in ('xmin', 'ymin', 'xmax', 'ymax')]
+            sides = [tag_text(element, f'bndbox/{side}') for side in ('xmin', 'ymin', 'xmax', 'ymax')]
+            box = [float(side) - 1 for side in sides]  # VOC counts pixels from 1
+            if size:
+                box = [max(box[0], 0), max(box[1], 0), min(box[2], size[0] - 1), min(box[3], size[1] - 1)]
             if label.lower() not in index_of:
                 if unknown_labels is not None:
                     unknown_labels[label] += 1
-            elif not has_area(box):
-                warnings.warn(f"'{annotation_path}': left out a {label} whose box has no area "
-                              f'(xmin, ymin, xmax, ymax: {", ".join(f"{value + 1:g}" for value in box)})')
+            elif not (box[2] - box[0] >= 0.01 and box[3] - box[1] >= 0.01):  # float32 would make less nothing
+                picture = f' in the picture of {size[0]}×{size[1]}' if size else ''
+                warnings.warn(f"'{annotation_path}': left out a {label} whose box has no area{picture} "
+                              f'(xmin, ymin, xmax, ymax: {", ".join(sides)})')
             else:
                 objects['boxes'].append(box)
                 objects['labels'].append(index_of[label.lower()])
                 objects['difficulties'].append(int(element.findtext('difficult', '0').strip() == '1'))
-    except FileNotFoundError:
-        raise InputError(f"annotation '{annotation_path}' isn't there: copy it there, or take its name out of "
-                         f'the list in ImageSets/Main') from None
-    except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:  # LookupError: unknown encoding
-        raise InputError(f"annotation '{annotation_path}' isn't a VOC annotation ({error}): repair it, or take "
-                         f'its name out of the list in ImageSets/Main') from None
+    except (OSError, ElementTree.ParseError, ValueError) as error:
+        raise InputError(f"annotation '{annotation_path}' can't be read ({error}): repair it, or take its name out of "
+                         'the list in ImageSets/Main') from None
     return objects
 
 
@@ -217,32 +213,15 @@ def read_image(path) -> Image.Image:
 def picture_size(path) -> tuple[int, int]:
     """Width and height in pixels of the picture that `read_image` would give, from the file's header alone."""
     with opened_picture(path) as image:
-        width, height = image.size
-        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF orientations that lie on their side
-        return (height, width) if turned else (width, height)
-
-
-def clip_to_picture(objects, size, path) -> dict[str, list]:
-    """The objects of `parse_annotation` with their boxes cut at the edges of a picture of the given size
-    (width, height); those that lie outside of it are left out with a warning that names the file."""
-    width, height = size
-    clipped = {key: [] for key in objects}
-    for box, label, difficulty in zip(objects['boxes'], objects['labels'], objects['difficulties']):
-        inside = [max(box[0], 0), max(box[1], 0), min(box[2], width - 1), min(box[3], height - 1)]
-        if not has_area(inside):
-            warnings.warn(f"'{path}': left out an object whose box lies outside of the picture of {width}×{height}")
-            continue
-        for key, value in zip(clipped, (inside, label, difficulty)):
-            clipped[key].append(value)
-    return clipped
+        on_its_side = image.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF's orientation
+        return image.size[::-1] if on_its_side else image.size
 
 
 def read_split(voc_path, split, label_map, unknown_labels) -> list[tuple[str, tuple[int, int], dict]]:
     """The pictures of one split ('trainval' or 'test') of a folder in VOC's layout: of each, its absolute path, its
     size (width, height) in pixels, and its objects."""
     voc_path = Path(voc_path).resolve()
-    if not voc_path.is_dir():
-        raise InputError(f"VOC folder '{voc_path}' isn't there: set the path to where VOC lies, or set download")
+    require(voc_path.is_dir(), f"VOC folder '{voc_path}' isn't there: set the path to where VOC lies, or set download")
     list_path = voc_path / 'ImageSets' / 'Main' / f'{split}.txt'
     try:
         # utf-8-sig: Windows' editors put an invisible mark before the first name.
@@ -250,15 +229,14 @@ def read_split(voc_path, split, label_map, unknown_labels) -> list[tuple[str, tu
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"'{list_path}', the list of pictures, can't be read ({error}): is '{voc_path}' a whole "
                          "folder in VOC's layout, with 2007 test extracted over 2007 trainval?") from None
-    if not names:
-        raise InputError(f"'{list_path}' names no picture: write a picture's name without .jpg on each line")
+    require(names, f"'{list_path}' names no picture: write a picture's name without .jpg on each line")
 
     pictures = []
     for name in tqdm(names, desc=f'{voc_path.name} {split}', unit=' pictures'):
-        image_path = voc_path / 'JPEGImages' / f'{name}.jpg'
-        annotation_path = voc_path / 'Annotations' / f'{name}.xml'
-        parsed, size = parse_annotation(annotation_path, label_map, unknown_labels), picture_size(image_path)
-        pictures.append((str(image_path), size, clip_to_picture(parsed, size, annotation_path)))
+        path = voc_path / 'JPEGImages' / f'{name}.jpg'
+        size = picture_size(path)
+        objects = parse_annotation(voc_path / 'Annotations' / f'{name}.xml', label_map, unknown_labels, size)
+        pictures.append((str(path), size, objects))
     return pictures
 
 
@@ -276,49 +254,47 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
 
     :return: the objects of the training data: boxes in fractional boundary coordinates (n, 4), labels (n)
     """
-    names = [label.strip().lower() for label in labels]
-    require(names and all(names) and len({*names, 'background'}) == len(names) + 1,
+    labels, unknown_labels = [label.strip() for label in labels], Counter()
+    require(labels and all(labels) and len({'background', *map(str.lower, labels)}) == len(labels) + 1,
             f"labels must be names that differ, none of them 'background', not {', '.join(labels) or 'none at all'}")
+    label_map = make_label_map(labels)
     more_paths = [voc12_path] if isinstance(voc12_path, (str, Path)) else voc12_path or []
-    label_map, unknown_labels = make_label_map(label.strip() for label in labels), Counter()
-    splits = {'TRAIN': [picture for path in (voc07_path, *more_paths)
-                        for picture in read_split(path, 'trainval', label_map, unknown_labels)],
-              'TEST': read_split(voc07_path, 'test', label_map, unknown_labels)}
-    n_empty = sum(not objects['boxes'] for _, _, objects in splits['TRAIN'])
+    train = [picture for path in (voc07_path, *more_paths)
+             for picture in read_split(path, 'trainval', label_map, unknown_labels)]
+    test = read_split(voc07_path, 'test', label_map, unknown_labels)
+    n_empty = sum(not objects['boxes'] for _, _, objects in train)
     if skip_empty:
-        splits['TRAIN'] = [picture for picture in splits['TRAIN'] if picture[2]['boxes']]
-        require(splits['TRAIN'], f"no training picture has an object of {', '.join(labels)}: name other labels")
-    files = {'label_map': label_map}
-    for split, pictures in splits.items():
-        files[f'{split}_images'] = [path for path, _, _ in pictures]
-        files[f'{split}_objects'] = [objects for _, _, objects in pictures]
+        train = [picture for picture in train if picture[2]['boxes']]
+        require(train, f"no training picture has an object of {', '.join(labels)}: name other labels")
 
-    output_folder = Path(output_folder)
-    make_folder(output_folder)
-    with ExitStack() as stack:  # which puts the files in place when all five are written: never old beside new ones
-        for name, content in files.items():
-            file = stack.enter_context(replaced_file(output_folder / f'{name}.json'))
-            file.write(json.dumps(content).encode())
-            file.flush()
-    report_data_lists(splits, n_empty, skip_empty, unknown_labels)
-    print(f"The data lists are in '{output_folder.resolve()}'")
-
-    boxes = [[x / width, y / height, x2 / width, y2 / height] for _, (width, height), objects in splits['TRAIN']
-             for x, y, x2, y2 in objects['boxes']]
-    labels = [label for _, _, objects in splits['TRAIN'] for label in objects['labels']]
-    return torch.tensor(boxes).view(-1, 4), torch.tensor(labels, dtype=torch.long)
-
-
-def report_data_lists(splits, n_empty, skip_empty, unknown_labels):
-    """Says how many images and objects there are, and what was left out."""
-    for split, pictures in splits.items():
-        n_objects = sum(len(objects['boxes']) for _, _, objects in pictures)
-        print(f'{split}: {len(pictures):,} images with {n_objects:,} objects')
+    write_data_lists(output_folder, label_map, TRAIN=train, TEST=test)
     if n_empty:
         print(f'{n_empty:,} training pictures have no object of these labels: '
               + ('left out' if skip_empty else '--skip_empty leaves them out'))
     for label, count in unknown_labels.most_common():
         print(f"Left out of the label '{label}', which is none of these labels: {count:,}")
+
+    boxes = [[x_min / width, y_min / height, x_max / width, y_max / height] for _, (width, height), objects in train
+             for x_min, y_min, x_max, y_max in objects['boxes']]
+    indices = [index for _, _, objects in train for index in objects['labels']]
+    return torch.tensor(boxes).view(-1, 4), torch.tensor(indices, dtype=torch.long)
+
+
+def write_data_lists(output_folder, label_map, **pictures):
+    """Writes label_map.json and the two lists of each split, whose pictures are given as `read_split` returns them;
+    says how many there are."""
+    files = {'label_map': label_map}
+    for split in pictures:
+        files[f'{split}_images'], _, files[f'{split}_objects'] = zip(*pictures[split])
+        n_objects = sum(len(objects['boxes']) for objects in files[f'{split}_objects'])
+        print(f'{split}: {len(pictures[split]):,} images with {n_objects:,} objects')
+    make_folder(output_folder)
+    with ExitStack() as stack:  # which puts the files in place when all five are written: never old beside new ones
+        for name, content in files.items():
+            file = stack.enter_context(replaced_file(Path(output_folder, f'{name}.json')))
+            file.write(json.dumps(content).encode())
+            file.flush()
+    print(f"The data lists are in '{Path(output_folder).resolve()}'")
 
 
 def best_prior_overlaps(boxes, priors_cxcy):
