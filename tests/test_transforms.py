@@ -5,8 +5,9 @@ from collections import Counter
 
 import pytest
 import torch
-import torchvision.transforms.functional as F
-from PIL import Image, ImageOps
+import torchvision.transforms.v2.functional as TF
+from PIL import Image
+from references import iou
 
 import utils
 from utils import (DISTORTIONS, IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, look_through, photometric_distort, random_crop,
@@ -63,8 +64,8 @@ def colors(image):
 
 # --------------------------------------------------------------------------------- for any training picture
 
-@pytest.mark.parametrize('value', range(12))
-def test_training_pictures_keep_shapes_types_and_boxes_inside(value):
+@pytest.mark.parametrize('value', range(20))
+def test_a_training_picture_keeps_shapes_and_types_with_labels_and_difficulties_beside_their_boxes(value):
     image, boxes, labels, difficulties = random_case(value)
     image, new_boxes, new_labels, new_difficulties = transform(image, boxes, labels, difficulties, 'TRAIN')
     n = len(new_boxes)
@@ -73,32 +74,14 @@ def test_training_pictures_keep_shapes_types_and_boxes_inside(value):
     assert new_boxes.shape == (n, 4) and new_boxes.dtype == torch.float
     assert new_labels.shape == (n,) and new_labels.dtype == torch.long
     assert new_difficulties.shape == (n,) and new_difficulties.dtype == torch.bool
-    assert (new_boxes >= 0).all() and (new_boxes <= 1).all()
-    assert (new_boxes[:, 2:] > new_boxes[:, :2]).all()
-
-
-@pytest.mark.parametrize('value', range(12))
-def test_labels_and_difficulties_stay_with_their_boxes(value):
-    _, boxes, labels, difficulties = random_case(value)
-    survivors = Counter()
-    for _ in range(10):
-        window, new_boxes, kept = random_crop((0, 0, 250, 250), boxes)
-        # An object that a crop keeps is the old one cut at the crop's edges, and they are in the old order.
-        low, high = torch.tensor(window[:2]).repeat(2), torch.tensor(window[2:]).repeat(2) - 1
-        if len(new_boxes) < len(boxes) or not new_boxes.equal(boxes):
-            torch.testing.assert_close(new_boxes, boxes[kept].clamp(low, high))
-    for _ in range(3):
-        _, new_boxes, new_labels, new_difficulties = transform(Image.new('RGB', (250, 250)), boxes, labels,
-                                                               difficulties, 'TRAIN')
-        survivors.update(new_labels.tolist())
-        assert new_difficulties.tolist() == [label % 2 == 0 for label in new_labels.tolist()]
-        assert new_labels.tolist() == sorted(set(new_labels.tolist()))
-    assert set(survivors) <= set(labels.tolist())
+    assert (new_boxes >= 0).all() and (new_boxes <= 1).all() and (new_boxes[:, 2:] > new_boxes[:, :2]).all()
+    assert new_difficulties.equal(new_labels % 2 == 0)
+    assert new_labels.tolist() == sorted({*new_labels.tolist()} & {*labels.tolist()})
 
 
 @pytest.mark.parametrize('split', ['TRAIN', 'TEST'])
 def test_what_is_passed_in_stays_as_it_was(split):
-    for value in range(25):
+    for value in range(8):
         image, boxes, labels, difficulties = random_case(value)
         before = image.tobytes(), image.size, boxes.clone(), labels.clone(), difficulties.clone()
         transform(image, boxes, labels, difficulties, split)
@@ -107,40 +90,20 @@ def test_what_is_passed_in_stays_as_it_was(split):
             assert tensor.equal(old)
 
 
-@pytest.mark.parametrize('split', ['TRAIN', 'TEST'])
-@pytest.mark.parametrize('value', range(10))
-def test_a_picture_without_objects_works(value, split):
-    image, *_ = random_case(value)
-    image, boxes, labels, difficulties = transform(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.long),
-                                                   torch.zeros(0, dtype=torch.bool), split)
-    assert image.shape == (3, 300, 300) and image.isfinite().all()
-    assert boxes.shape == (0, 4) and labels.shape == (0,) and difficulties.shape == (0,)
-    assert (boxes.dtype, labels.dtype, difficulties.dtype) == (torch.float, torch.long, torch.bool)
-
-
-@pytest.mark.parametrize('value', range(10))
-def test_the_same_seed_gives_the_same_result_and_another_one_another(value):
-    case = random_case(value)
-    results = []
-    for other in (7, 7, 8):
-        seed(other)
-        results.append(transform(*case, 'TRAIN'))
-    assert all(first.equal(second) for first, second in zip(*results[:2]))
-    assert not results[0][0].equal(results[2][0])
-
-
-@pytest.mark.parametrize('size', [(1, 1), (2, 2), (1, 500), (500, 1), (2, 300), (6000, 40), (40, 6000), (299, 301)])
+@pytest.mark.parametrize('size', [(1, 1), (2, 2), (1, 500), (6000, 40), (40, 6000)])
 @pytest.mark.parametrize('split', ['TRAIN', 'TEST'])
 def test_pictures_of_any_size_work_with_and_without_an_object(size, split):
     seed(0)
-    image, corner = Image.new('RGB', size, 'red'), [max(side - 1, 0) for side in size]
-    for boxes in (torch.zeros(0, 4), torch.tensor([[0.0, 0.0, *corner]])):
-        if min(size) == 1:
-            boxes = boxes[:0]  # the data lists leave out boxes without area
+    whole = torch.tensor([[0.0, 0, size[0] - 1, size[1] - 1]])
+    for n in (0, 1) if min(size) > 1 else (0,):  # the data lists leave out boxes without area
+        boxes = whole[:n]
         for _ in range(8 if split == 'TRAIN' else 1):
-            pixels, new_boxes, *_ = transform(image, boxes, torch.ones(len(boxes)), torch.zeros(len(boxes)), split)
+            pixels, new_boxes, labels, difficulties = transform(
+                Image.new('RGB', size, 'red'), boxes, torch.ones(n, dtype=torch.long), torch.zeros(n).bool(), split)
             assert pixels.shape == (3, 300, 300) and pixels.isfinite().all()
-            assert len(new_boxes) == len(boxes) and (new_boxes[:, 2:] > new_boxes[:, :2]).all()
+            assert new_boxes.shape == (n, 4) and labels.shape == (n,) and difficulties.shape == (n,)
+            assert (new_boxes.dtype, labels.dtype, difficulties.dtype) == (torch.float, torch.long, torch.bool)
+            assert (new_boxes[:, 2:] > new_boxes[:, :2]).all()
             assert (pixels != 0).any()  # something of the picture is to be seen, however thin it is
 
 
@@ -156,15 +119,20 @@ def test_a_box_as_thin_as_the_data_lists_let_through_keeps_its_area(monkeypatch)
 
 # ---------------------------------------------------------------------------------------- test pictures
 
-@pytest.mark.parametrize('value', range(12))
-def test_a_test_picture_is_only_resized_and_normalized_as_torchvision_does_it(value):
-    image, boxes, labels, difficulties = random_case(value, high=600)
-    pixels, new_boxes, new_labels, new_difficulties = transform(image, boxes, labels, difficulties, 'TEST')
-    expected = F.normalize(F.to_tensor(F.resize(image, [300, 300])), IMAGENET_MEAN, IMAGENET_STD)
-    torch.testing.assert_close(pixels, expected, rtol=0, atol=2e-6)
-    width, height = image.size
-    torch.testing.assert_close(new_boxes, boxes / torch.tensor([width, height, width, height]))
-    assert new_labels.equal(labels) and new_difficulties.equal(difficulties)
+@pytest.mark.parametrize(('mean', 'std'), [(IMAGENET_MEAN, IMAGENET_STD), ([0.5, 0.4, 0.3], [0.1, 0.2, 0.3])])
+def test_a_test_picture_is_only_resized_and_normalized_as_torchvision_does_it(mean, std):
+    for value in range(6):
+        image, boxes, labels, difficulties = random_case(value, high=600)
+        pixels, new_boxes, *others = transform(image, boxes, labels, difficulties, 'TEST', mean, std)
+        expected = TF.to_dtype(TF.to_image(TF.resize(image, [300, 300])), torch.float, scale=True)
+        torch.testing.assert_close(pixels, TF.normalize(expected, mean, std), rtol=0, atol=5e-6)
+        torch.testing.assert_close(new_boxes, boxes / torch.tensor(image.size * 2))
+        assert others[0].equal(labels) and others[1].equal(difficulties)
+
+
+@pytest.fixture
+def no_crop(monkeypatch):
+    monkeypatch.setattr(utils, 'random_crop', lambda window, boxes: (window, boxes, torch.ones(len(boxes)).bool()))
 
 
 # -------------------------------------------------------------------------- boxes and pixels move together
@@ -216,8 +184,7 @@ def test_a_picture_painted_with_its_own_coordinates_proves_that_boxes_and_pixels
 
 
 @pytest.mark.parametrize('value', range(12))
-def test_around_a_zoomed_out_picture_is_exactly_the_mean_color(value, monkeypatch):
-    monkeypatch.setattr(utils, 'random_crop', lambda window, boxes: (window, boxes, torch.ones(len(boxes)).bool()))
+def test_around_a_zoomed_out_picture_is_exactly_the_mean_color(value, monkeypatch, no_crop):
     seed(value)
     width, height = random.randint(30, 300), random.randint(30, 300)
     window = zoom_out(width, height)
@@ -237,26 +204,7 @@ def test_around_a_zoomed_out_picture_is_exactly_the_mean_color(value, monkeypatc
     assert (*first, *last) == pytest.approx(expected, abs=0.51)
 
 
-def test_the_mirrored_mirror_is_the_original():
-    for value in range(25):
-        seed(value)
-        width, height = random.randint(5, 400), random.randint(5, 400)
-        image = noise(width, height)
-        left, top = random.randint(-200, width - 2), random.randint(-200, height - 2)
-        # Of 300 or 600 columns: no place falls in the middle of an output pixel, where it may be rounded either way.
-        window = (left, top, left + random.choice((300, 600)), top + random.randint(300, 700))
-        mirrored_window = (width - window[2], window[1], width - window[0], window[3])
-        for before, after in ((None, None), (window, mirrored_window)):
-            if before and before[2] - before[0] == 600 and (left % 2 or width % 2):
-                continue
-            original = look_through(image, before)
-            again = look_through(ImageOps.mirror(image), after, mirror=True)
-            # Resizing rounds to bytes: one step of 255 may lie between the two.
-            assert (colors(original) - colors(again)).abs().max() < 1.01
-
-
-def test_mirrored_boxes_follow_inclusive_pixels(monkeypatch):
-    monkeypatch.setattr(utils, 'random_crop', lambda window, boxes: (window, boxes, torch.ones(len(boxes)).bool()))
+def test_mirrored_boxes_follow_inclusive_pixels(monkeypatch, no_crop):
     monkeypatch.setattr(utils, 'photometric_distort', lambda image: None)
     case = (noise(50, 20), torch.tensor([[0.0, 3, 10, 7], [45, 0, 49, 19]]), torch.ones(2), torch.zeros(2))
     monkeypatch.setattr(random, 'random', iter([1, 0]).__next__)  # don't zoom out, do mirror
@@ -265,9 +213,8 @@ def test_mirrored_boxes_follow_inclusive_pixels(monkeypatch):
     torch.testing.assert_close(boxes, expected / torch.tensor([50, 20, 50, 20]))
 
 
-def test_mirroring_zooming_out_and_neither_happen_about_as_often_as_they_should(monkeypatch):
+def test_half_of_the_pictures_are_mirrored_and_half_zoomed_out_independently(monkeypatch, no_crop):
     seen = []
-    monkeypatch.setattr(utils, 'random_crop', lambda window, boxes: (window, boxes, torch.ones(len(boxes)).bool()))
     monkeypatch.setattr(utils, 'look_through', lambda image, window, mirror, distort, **_: seen.append(
         (window != (0, 0, 40, 40), mirror, distort)))
     seed(0)
@@ -286,7 +233,12 @@ def overlap_drawn(monkeypatch):
     """Makes random_crop draw a given overlap, and no crop at all only if 20 times 50 tries have failed."""
     def draw(overlap):
         drawn = iter([overlap] * 20)
-        monkeypatch.setattr(random, 'choice', lambda options: next(drawn, None))
+
+        def choice(options):
+            assert options == OVERLAPS
+            return next(drawn, None)
+
+        monkeypatch.setattr(random, 'choice', choice)
     return draw
 
 
@@ -315,34 +267,13 @@ def test_a_crop_keeps_the_limits_of_size_aspect_ratio_center_and_overlap(overlap
         centers = (boxes[:, :2] + boxes[:, 2:]) / 2
         inside = ((centers > torch.tensor([left, top])) & (centers < torch.tensor([right - 1, bottom - 1]))).all(dim=1)
         assert kept.equal(inside) and kept.any()  # those with their center outside are dropped, some object stays
-        torch.testing.assert_close(new_boxes, torch.stack((
-            boxes[kept, 0].clamp(min=left), boxes[kept, 1].clamp(min=top),
-            boxes[kept, 2].clamp(max=right - 1), boxes[kept, 3].clamp(max=bottom - 1)), dim=1))
-        crop = torch.tensor([[left, top, right - 1, bottom - 1]], dtype=torch.float)
-        assert utils.find_jaccard_overlap(crop, boxes[kept]).max() >= overlap
+        crop = [left, top, right - 1, bottom - 1]
+        assert new_boxes.tolist() == [[max(box[0], left), max(box[1], top), min(box[2], right - 1),
+                                       min(box[3], bottom - 1)] for box in boxes[kept].tolist()]
+        assert max(iou(crop, box) for box in boxes[kept].tolist()) >= overlap - 1e-6
     assert cropped > 30
     assert max(sizes) > 0.9 and min(sizes) < max(overlap, 0.35)
     assert overlap > 0.1 or (min(aspect_ratios) < 0.57 and max(aspect_ratios) > 1.8)
-
-
-def test_each_overlap_is_drawn_about_as_often_and_one_of_them_is_no_crop(monkeypatch):
-    drawn = Counter()
-    choose = random.choice
-
-    def choice(options):
-        assert options == OVERLAPS
-        option = choose(options)
-        drawn[option] += 1
-        return option
-
-    monkeypatch.setattr(random, 'choice', choice)
-    seed(0)
-    window, boxes = (0, 0, 100, 100), torch.tensor([[0.0, 0, 99, 99]])
-    uncropped = sum(random_crop(window, boxes)[0] == window for _ in range(2100))
-    assert drawn[None] == pytest.approx(300, abs=70)
-    # Where all crops succeed sooner or later, every draw but the failed ones ends a round.
-    assert 0 <= uncropped - drawn[None] < 30
-    assert all(drawn[overlap] == pytest.approx(300, abs=70) for overlap in (0.0, 0.1, 0.3))
 
 
 def test_without_objects_nothing_is_cropped():
@@ -364,12 +295,10 @@ def reference_crop(width, height, boxes):
                 continue
             left, top = random.randint(0, width - w), random.randint(0, height - h)
             right, bottom = left + w - 1, top + h - 1
-            for x_min, y_min, x_max, y_max in boxes:
-                if left < (x_min + x_max) / 2 < right and top < (y_min + y_max) / 2 < bottom:
-                    shared = (min(right, x_max) - max(left, x_min)) * (min(bottom, y_max) - max(top, y_min))
-                    union = (right - left) * (bottom - top) + (x_max - x_min) * (y_max - y_min) - shared
-                    if shared / union >= overlap:
-                        return left, top, left + w, top + h
+            for box in boxes:
+                inside = left < (box[0] + box[2]) / 2 < right and top < (box[1] + box[3]) / 2 < bottom
+                if inside and iou((left, top, right, bottom), box) >= overlap:
+                    return left, top, left + w, top + h
 
 
 def test_fifty_tries_at_once_have_the_distribution_of_a_plain_loop():
@@ -380,14 +309,11 @@ def test_fifty_tries_at_once_have_the_distribution_of_a_plain_loop():
 
     def features(crops):
         left, top, right, bottom = crops.float().unbind(dim=1)
-        w, h = right - left, bottom - top
-        uncropped = ((w == width) & (h == height)).float()
-        return torch.stack((left / width, top / height, w / width, h / height, w * h / (width * height), h / w,
-                            (w * h / (width * height)) ** 2, uncropped), dim=1)
+        w, h = (right - left) / width, (bottom - top) / height
+        return torch.stack((left / width, top / height, w, h, w * h, h / w, (w * h) ** 2, w * h == 1), dim=1)
 
     ours, plain = features(ours), features(plain)
-    cropped_sides = ours[ours[:, 7] == 0, 2:4]
-    assert cropped_sides.min() < 0.305 and cropped_sides.max() > 0.99
+    assert ours[:, 2:4].min() < 0.305 and ours[ours[:, 4] < 1, 2:4].max() > 0.99
     # The means of 1500 draws each differ by 4.5 standard errors once in 150,000 times.
     error = ((ours.var(dim=0) + plain.var(dim=0)) / 1500).sqrt()
     assert ((ours.mean(dim=0) - plain.mean(dim=0)).abs() < 4.5 * error).all()
@@ -423,23 +349,22 @@ def test_distortions_and_their_ranges_are_those_of_the_caffe_code():
 
 def test_each_distortion_comes_half_of_the_time_anywhere_in_its_range_and_in_any_order(monkeypatch):
     calls = []
-
-    def recorder(name):
-        return lambda image, factor: calls.append((name, factor)) or image
-
-    monkeypatch.setattr(utils, 'DISTORTIONS', tuple((recorder(i), 10 * i, 10 * i + 1) for i in range(4)))
+    monkeypatch.setattr(utils, 'DISTORTIONS', tuple(
+        (lambda image, factor, i=i: calls.append((i, factor)) or image, 10 * i, 10 * i + 1) for i in range(4)))
     seed(0)
-    orders, counts, image = Counter(), Counter(), torch.zeros(3, 2, 2)
+    orders, factors = Counter(), {i: [] for i in range(4)}
     for _ in range(4000):
         calls.clear()
-        photometric_distort(image)
-        names = tuple(name for name, _ in calls)
-        assert len(set(names)) == len(names)
-        counts.update(names)
-        if len(names) == 4:
-            orders[names] += 1
-    assert all(1880 < counts[i] < 2120 for i in range(4))
-    assert len(orders) == 24 and 200 < sum(orders.values()) < 300  # 4000 / 16, in all orders
+        photometric_distort(torch.zeros(3, 2, 2))
+        orders[tuple(i for i, _ in calls)] += 1
+        for i, factor in calls:
+            factors[i].append(factor - 10 * i)
+    assert all(len(set(order)) == len(order) for order in orders)
+    complete = [count for order, count in orders.items() if len(order) == 4]
+    assert len(complete) == 24 and 200 < sum(complete) < 300  # 4000 / 16, in all orders
+    for values in factors.values():
+        assert 1880 < len(values) < 2120
+        assert 0 <= min(values) < 0.02 and 0.98 < max(values) <= 1 and 0.47 < sum(values) / len(values) < 0.53
 
 
 @pytest.mark.parametrize('shift', [-0.5, -18 / 255, -0.01, 0, 0.02, 18 / 255, 0.5])
@@ -449,7 +374,7 @@ def test_hue_is_shifted_as_torchvision_does(shift):
     image[:, :5] = image[:1, :5]  # gray
     image[:2, 5:10] = 0.5  # two channels equal
     image[:, 10:12] = torch.tensor([[1.0, 0.0]]).view(1, 2, 1)  # white and black
-    torch.testing.assert_close(shift_hue(image, shift), F.adjust_hue(image, shift), rtol=0, atol=2e-6)
+    torch.testing.assert_close(shift_hue(image, shift), TF.adjust_hue(image, shift), rtol=0, atol=2e-6)
 
 
 def test_the_filler_around_a_picture_is_not_distorted():
