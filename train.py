@@ -175,14 +175,16 @@ def take_over_settings(resumed, given):
     """Makes the settings of the learning those of a checkpoint, but for those that the command line gives."""
     require({'optimizer', 'settings'} <= resumed.keys(),
             f"checkpoint '{checkpoint}' holds weights but no training to go on with: start from it by --finetune")
-    before = dict(resumed['settings'])
+    script, before = sys.modules[__name__], dict(resumed['settings'])
     if any(part > 1 for part in before.get('decay_lr_at', [])):  # older checkpoints counted epochs
         before['decay_lr_at'] = [epoch / before['epochs'] for epoch in before['decay_lr_at']]
-    for name in current_settings(sys.modules[__name__]).keys() & before.keys() - PLACE_SETTINGS:
-        if name not in given:
-            globals()[name] = before[name]
-        elif globals()[name] != before[name]:
-            print(f'{name} is {globals()[name]} from now on; the checkpoint had {before[name]}')
+    for name, today in current_settings(script).items():
+        if name in PLACE_SETTINGS or before.get(name, today) == today:
+            continue
+        if name in given:
+            print(f'{name} is {today} from now on; the checkpoint had {before[name]}')
+        else:
+            setattr(script, name, before[name])
     require(resumed['epoch'] < epochs,
             f"checkpoint '{checkpoint}' has {resumed['epoch']} epochs behind it already: set epochs to more than that")
 
@@ -398,23 +400,24 @@ def check_settings():
     require(not (checkpoint and finetune), 'set checkpoint to go on with a run, or finetune for a new one, not both')
     require(not freeze or pretrained or finetune or checkpoint,
             'freeze would keep random weights as they are: set pretrained, finetune or checkpoint')
-    require(precision in PRECISIONS, f"precision must be one of {', '.join(PRECISIONS)}, not '{precision}'")
-    for name, right, range_text in (
-            ('batch_size', batch_size >= 1, 'at least 1'),
-            ('epochs', epochs >= 1, 'at least 1'),
-            ('freeze', 0 <= freeze <= 5, 'a number of VGG blocks, 0 to 5'),
-            ('lr', 0 < lr < math.inf, 'greater than 0'),
-            ('warmup', warmup >= 0, '0 or more steps'),
-            ('decay_lr_at', decay_lr_at == sorted(decay_lr_at) and all(0 < part <= 1 for part in decay_lr_at),
+    for name, value, right, range_text in (
+            ('batch_size', batch_size, batch_size >= 1, 'at least 1'),
+            ('epochs', epochs, epochs >= 1, 'at least 1'),
+            ('freeze', freeze, 0 <= freeze <= 5, 'a number of VGG blocks, 0 to 5'),
+            ('lr', lr, 0 < lr < math.inf, 'greater than 0'),
+            ('warmup', warmup, warmup >= 0, '0 or more steps'),
+            ('decay_lr_at', decay_lr_at,
+             decay_lr_at == sorted(decay_lr_at) and all(0 < part <= 1 for part in decay_lr_at),
              'parts of the training in rising order, like 0.667 for two thirds'),
-            ('decay_lr_to', 0 < decay_lr_to <= 1, 'above 0 and at most 1'),
-            ('momentum', 0 <= momentum < 1, 'at least 0 and less than 1'),
-            ('weight_decay', 0 <= weight_decay < math.inf, '0 or more'),
-            ('grad_clip', grad_clip is None or grad_clip > 0, 'None or greater than 0'),
-            ('localization', localization in ('smooth_l1', 'l1'), "'smooth_l1' or 'l1'"),
-            ('seed', 0 <= seed < 2 ** 32, 'between 0 and 2³² − 1'),
-            ('eval_every', eval_every is None or eval_every >= 1, 'None or at least 1 epoch')):
-        require(right, f'{name} must be {range_text}, not {globals()[name]}')
+            ('decay_lr_to', decay_lr_to, 0 < decay_lr_to <= 1, 'above 0 and at most 1'),
+            ('momentum', momentum, 0 <= momentum < 1, 'at least 0 and less than 1'),
+            ('weight_decay', weight_decay, 0 <= weight_decay < math.inf, '0 or more'),
+            ('grad_clip', grad_clip, grad_clip is None or grad_clip > 0, 'None or greater than 0'),
+            ('localization', localization, localization in ('smooth_l1', 'l1'), "'smooth_l1' or 'l1'"),
+            ('precision', precision, precision in PRECISIONS, f'one of {", ".join(PRECISIONS)}'),
+            ('seed', seed, 0 <= seed < 2 ** 32, 'between 0 and 2³² − 1'),
+            ('eval_every', eval_every, eval_every is None or eval_every >= 1, 'None or at least 1 epoch')):
+        require(right, f'{name} must be {range_text}, not {value}')
 
 
 if __name__ == '__main__':
