@@ -1,39 +1,35 @@
-"""Figures that show boxes on a picture: coordinates, priors, matching, non-maximum suppression and the like.
+"""Figures that show boxes on a picture: coordinates, priors, offsets, matching and the like.
 
 All numbers in them come from the functions that train and run the network.
 """
 
 import functools
-import json
 from pathlib import Path
 
 import torch
 
 from model import FEATURE_MAPS, SSD300, MultiBoxLoss
-from svg import (AMBER, BLUE, CHIP_HEIGHT, EDGE, GREEN, GREY, HAIRLINE, INK, LINE_HEIGHT, PURPLE, RED, STROKE, WHITE,
-                 Canvas, chip_width, tint)
+from svg import (AMBER, BLUE, CHIP_HEIGHT, GREEN, GREY, HAIRLINE, INK, PURPLE, RED, STROKE, WHITE, Canvas, chip_width,
+                 tint)
 from utils import (IMAGE_SIZE, cxcy_to_gcxgcy, cxcy_to_xy, find_intersection, find_jaccard_overlap, label_map,
-                   parse_annotation, picture_size, rev_label_map, xy_to_cxcy)
+                   picture_size, rev_label_map, xy_to_cxcy)
 
 HERE = Path(__file__).resolve().parent
-ASTRONAUT, COFFEE = HERE / 'photos/astronaut.jpg', HERE / 'photos/coffee.jpg'
-DOGS_AND_CAT = HERE / 'photos/dogs_and_cat.jpg'
-QUICK_START = HERE / 'quick_start_detections.json'
-VGG_BLOCKS = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))  # convolutions and channels of VGG-16's blocks
 PRIOR_NAMES = ('1 : 1', '1 : 1 extra', '2 : 1', '3 : 1', '1 : 2', '1 : 3')  # of conv9_2: width to height
 
-COFFEE_BOX = (61, 15, 384, 307)  # in pixels: cup and saucer
-CUP_BOX = (137, 14, 334, 243)  # in pixels: the cup alone
-DOGS_AND_CAT_BOXES = ((153, 114, 325, 297), (17, 68, 191, 253), (255, 28, 433, 226))  # in pixels: dog, dog, cat
+# The picture that runs through the README, and its objects in pixels. The first boat is the example of a box.
+BOATS = HERE / 'photos/boats.jpg'
+BOATS_OBJECTS = (('boat', (215, 60, 365, 284)), ('boat', (0, 304, 370, 380)), ('boat', (335, 316, 500, 400)),
+                 ('person', (185, 316, 225, 348)), ('person', (365, 324, 400, 396)))
 
 
 class Scene:
     """A picture on a canvas, on which boxes are drawn in fractional boundary coordinates. A faded one leaves the
-    stage to its boxes."""
+    stage to its boxes; one with a height is squeezed, as the network sees pictures."""
 
-    def __init__(self, canvas, path, x, y, width, faded=False):
+    def __init__(self, canvas, source, x, y, width, height=None, faded=False):
         self.canvas, self.x, self.y, self.width = canvas, x, y, width
-        self.height = canvas.picture(path, x, y, width)
+        self.height = canvas.picture(source, x, y, width, height)
         if faded:
             canvas.rect(x, y, width, self.height, WHITE, opacity=0.5)
 
@@ -47,18 +43,27 @@ class Scene:
             self.canvas.rect(*frame, stroke=WHITE, stroke_width=5)  # stands out against any picture
         self.canvas.rect(*frame, stroke=color, dashed=dashed, stroke_width=HAIRLINE if thin else STROKE)
 
-    def label(self, xy, color, text, corner='top left'):
-        """A chip inside one corner of a box, or 'above left' of it. To be drawn after all boxes, lest one of them
-        crosses it out."""
-        (left, top), (right, bottom) = self.at(*xy[:2]), self.at(*xy[2:])
-        x = left if 'left' in corner else right - chip_width(text)
-        x = min(max(x, self.x), self.x + self.width - chip_width(text))  # never beside the picture
-        y = {'top': top, 'bottom': bottom - CHIP_HEIGHT, 'above': max(top - CHIP_HEIGHT, self.y)}[corner.split()[0]]
-        self.canvas.chip(x, y, text, color)
-
     def boxes(self, all_xy, color, **style):
         for xy in all_xy.tolist():
             self.box(xy, color, **style)
+
+    def label(self, xy, color, text, corner='top left'):
+        """A chip inside one corner of a box. To be drawn after all boxes, lest one of them crosses it out."""
+        (left, top), (right, bottom) = self.at(*xy[:2]), self.at(*xy[2:])
+        x = left if 'left' in corner else right - chip_width(text)
+        self.canvas.chip(x, top if 'top' in corner else bottom - CHIP_HEIGHT, text, color)
+
+    def callout(self, xy, color, text, side, place=0.5):
+        """A chip outside the picture, and a line to a box: from the middle of one of its sides, or another place."""
+        (left, top), (right, bottom) = self.at(*xy[:2]), self.at(*xy[2:])
+        x, y = left + place * (right - left), top + place * (bottom - top)
+        if side in ('left', 'right'):
+            x, chip_x, chip_y = (left, self.x - 22, y) if side == 'left' else (right, self.x + self.width + 22, y)
+        else:
+            y, chip_x, chip_y = (top, x, self.y - 22) if side == 'top' else (bottom, x, self.y + self.height + 22)
+        self.canvas.line(x, y, chip_x, chip_y, color, halo=True)
+        self.canvas.dot(x, y, color)
+        self.canvas.chip(chip_x - chip_width(text) / 2, chip_y - CHIP_HEIGHT / 2, text, color)
 
 
 @functools.lru_cache(maxsize=1)
@@ -84,47 +89,45 @@ def priors_at(name, row, column):
     return network().priors_cxcy[first:first + n_priors]
 
 
-def sample(name):
-    """A picture of Emoji VOC: its path, fractional boxes (n, 4) and labels (n)."""
-    folder = HERE / 'emoji_voc/VOC2007'
-    path = folder / 'JPEGImages' / f'{name}.jpg'
-    objects = parse_annotation(folder / 'Annotations' / f'{name}.xml')
-    return path, fractional(objects['boxes'], path), torch.tensor(objects['labels'])
-
-
 def fractional(boxes, path):
     """Boxes in a picture's pixels as fractions of its size."""
     return torch.tensor(boxes, dtype=torch.float) / torch.tensor(picture_size(path) * 2)
 
 
+def boats_objects():
+    """The running example's boxes (5, 4), fractional, and labels (5)."""
+    labels, boxes = zip(*BOATS_OBJECTS)
+    return fractional(boxes, BOATS), torch.tensor([label_map[label] for label in labels])
+
+
 # ------------------------------------------------------------------------------------------ coordinates
 
 def coordinates(lines, center_size=False, unit=(1, 1), digits=2):
-    """The box of the cup with its coordinates marked on the axes, each divided by `unit`."""
-    canvas = Canvas(height=380)
-    scene = Scene(canvas, COFFEE, 100, 62, width=432)
-    box = fractional(COFFEE_BOX, COFFEE)
+    """The box of a boat with its coordinates marked on the axes, each divided by `unit`."""
+    canvas = Canvas(height=486 + 25 * len(lines.splitlines()), width=600)
+    scene = Scene(canvas, BOATS, 120, 70, width=450)
+    box = boats_objects()[0][0]
     left, top, right, bottom = box.tolist()
     scene.box((left, top, right, bottom), PURPLE)
-    canvas.arrow(92, 54, 560, 54)
-    canvas.arrow(92, 54, 92, 372)
-    canvas.text(566, 59, 'x', bold=True)
-    canvas.text(102, 374, 'y', bold=True)
-    canvas.text(84, 50, '0', anchor='end')
+    canvas.arrow(112, 62, 584, 62)
+    canvas.arrow(112, 62, 112, 452)
+    canvas.text(578, 48, 'x', bold=True)
+    canvas.text(92, 452, 'y', bold=True)
+    canvas.text(100, 54, '0', anchor='end')
 
-    width, height = picture_size(COFFEE)
+    width, height = picture_size(BOATS)
     c_x, c_y, w, h = xy_to_cxcy(box).tolist()
-    for name, x in [('c_x', c_x)] if center_size else [('x_min', left), ('x_max', right)]:
+    for name, x, shift in [('c_x', c_x, 0)] if center_size else [('x_min', left, -16), ('x_max', right, 16)]:
         at_x, at_y = scene.at(x, c_y if center_size else top)
-        canvas.line(at_x, 54, at_x, at_y, PURPLE, dashed=True, halo=True)
-        canvas.text(at_x, 44, f'{name} = {x * width / unit[0]:.{digits}f}', PURPLE, 'middle', bold=True)
+        canvas.line(at_x, 62, at_x, at_y, PURPLE, dashed=True, halo=True)
+        canvas.text(at_x + shift, 48, f'{name} = {x * width / unit[0]:.{digits}f}', PURPLE, 'middle', bold=True)
     for name, y in [('c_y', c_y)] if center_size else [('y_min', top), ('y_max', bottom)]:
         at_x, at_y = scene.at(c_x if center_size else left, y)
-        canvas.line(92, at_y, at_x, at_y, PURPLE, dashed=True, halo=True)
-        canvas.text(86, at_y, f'{name}\n= {y * height / unit[1]:.{digits}f}', PURPLE, 'end', bold=True)
+        canvas.line(112, at_y, at_x, at_y, PURPLE, dashed=True, halo=True)
+        canvas.text(104, at_y, f'{name}\n= {y * height / unit[1]:.{digits}f}', PURPLE, 'end', bold=True)
     if center_size:
         draw_size(scene, (left, top, right, bottom), w, h)
-    canvas.text(580, 100, lines)
+    canvas.text(300, 484, lines, anchor='middle')
     return canvas
 
 
@@ -134,80 +137,81 @@ def draw_size(scene, xy, w, h):
     (left, top), (right, bottom) = scene.at(*xy[:2]), scene.at(*xy[2:])
     c_x, c_y = (left + right) / 2, (top + bottom) / 2
     canvas.arrow(left, bottom + 22, right, bottom + 22, PURPLE, both=True, halo=True)
-    canvas.chip(c_x - 40, bottom + 12, f'w = {w:.2f}', PURPLE)
-    canvas.arrow(right + 20, top, right + 20, bottom, PURPLE, both=True, halo=True)
-    canvas.chip(right + 4, c_y - 10, f'h = {h:.2f}', PURPLE)
+    canvas.chip(c_x - chip_width('w = 0.00') / 2, bottom + 9, f'w = {w:.2f}', PURPLE)
+    canvas.arrow(right + 26, top, right + 26, bottom, PURPLE, both=True, halo=True)
+    canvas.chip(right + 12, c_y - 13, f'h = {h:.2f}', PURPLE)
     canvas.dot(c_x, c_y, PURPLE)
 
 
 def coordinates_pixels():
-    width, height = picture_size(COFFEE)
-    return coordinates(f'Boundary coordinates\nin pixels\n\n(x_min, y_min, x_max, y_max)\n= {COFFEE_BOX}\n\n'
-                       f'of a picture that is\n{width} pixels wide\nand {height} high', digits=0)
+    width, height = picture_size(BOATS)
+    return coordinates(f'(x_min, y_min, x_max, y_max) = {BOATS_OBJECTS[0][1]} pixels,\n'
+                       f'in a picture of {width} × {height} pixels', digits=0)
 
 
 def coordinates_fractional():
-    size = picture_size(COFFEE)
-    names = ('x_min', 'y_min', 'x_max', 'y_max')
-    values = fractional(COFFEE_BOX, COFFEE).tolist()
-    lines = [f'{name} = {pixels} / {size[i % 2]} = {value:.2f}'
-             for i, (name, pixels, value) in enumerate(zip(names, COFFEE_BOX, values))]
-    return coordinates('Boundary coordinates\nas fractions of the\npicture\'s width and height\n\n' + '\n'.join(lines)
-                       + '\n\nThe right and lower edges\nare at 1.', unit=size)
+    size, pixels = picture_size(BOATS), BOATS_OBJECTS[0][1]
+    terms = [f'{pixel} / {size[i % 2]} = {value:.2f}'
+             for i, (pixel, value) in enumerate(zip(pixels, fractional(pixels, BOATS).tolist()))]
+    return coordinates(f'x: {terms[0]} and {terms[2]}\ny: {terms[1]} and {terms[3]}', unit=size)
 
 
 def coordinates_center_size():
-    box = fractional(COFFEE_BOX, COFFEE)
+    box = boats_objects()[0][0]
     left, top, right, bottom = (f'{value:.2f}' for value in box.tolist())
     c_x, c_y, w, h = (f'{value:.2f}' for value in xy_to_cxcy(box).tolist())
-    return coordinates(f'Center-size coordinates\n(c_x, c_y, w, h)\n\nc_x = ({left} + {right}) / 2 = {c_x}\n'
-                       f'c_y = ({top} + {bottom}) / 2 = {c_y}\nw = {right} − {left} = {w}\n'
-                       f'h = {bottom} − {top} = {h}', center_size=True, unit=picture_size(COFFEE))
+    return coordinates(f'c_x = ({left} + {right}) / 2 = {c_x} and w = {right} − {left} = {w}\n'
+                       f'c_y = ({top} + {bottom}) / 2 = {c_y} and h = {bottom} − {top} = {h}',
+                       center_size=True, unit=picture_size(BOATS))
 
 
 # ---------------------------------------------------------------------------------------- Jaccard index
 
 def jaccard_index():
     """Two boxes on squared paper, their intersection and their union."""
-    canvas = Canvas(height=304)
+    canvas = Canvas(height=292)
     one, two = torch.tensor([[1., 1, 7, 5]]), torch.tensor([[3., 2, 9, 7]])
     overlap, intersection = find_jaccard_overlap(one, two).item(), find_intersection(one, two).item()
     area_1, area_2 = (((box[0, 2:] - box[0, :2]).prod()).item() for box in (one, two))
     union = area_1 + area_2 - intersection
     shared = (*torch.maximum(one, two)[0, :2].tolist(), *torch.minimum(one, two)[0, 2:].tolist())
 
-    captions = (f'two boxes: {area_1:.0f} and {area_2:.0f} squares', f'intersection: {intersection:.0f} squares',
-                f'union: {union:.0f} squares')
+    captions = (f'{area_1:.0f} and {area_2:.0f} squares', f'intersection: {intersection:.0f}', f'union: {union:.0f}')
+    square = 21
     for panel, caption in enumerate(captions):
-        x, y, square = 30 + panel * 270, 28, 23
-        canvas.rect(x, y, 10 * square, 8 * square, WHITE)
+        x, y = 24 + panel * 231, 24
+
+        def draw(left, top, right, bottom, fill='none', stroke=None, x=x, y=y):
+            canvas.rect(x + left * square, y + top * square, (right - left) * square, (bottom - top) * square, fill,
+                        stroke)
+
+        draw(0, 0, 10, 8, WHITE)
         boxes = [(one[0].tolist(), PURPLE), (two[0].tolist(), RED)]
-        filled = ([], [shared], [box for box, _ in boxes])[panel]
-        for left, top, right, bottom in filled:
-            canvas.rect(x + left * square, y + top * square, (right - left) * square, (bottom - top) * square,
-                        tint(GREEN, 0.4))
+        for filled in ([], [shared], [box for box, _ in boxes])[panel]:
+            draw(*filled, tint(GREEN, 0.4))
         canvas.grid(x, y, 10 * square, 8 * square, 10, 8)
-        for (left, top, right, bottom), color in boxes:
-            canvas.rect(x + left * square, y + top * square, (right - left) * square, (bottom - top) * square,
-                        stroke=color)
-        canvas.text(x + 5 * square, y + 8 * square + 24, caption, anchor='middle', bold=True)
-    canvas.text(415, 282, f'Jaccard index = intersection / union = {intersection:.0f} / {union:.0f} = {overlap:.2f}',
+        for box, color in boxes:
+            draw(*box, stroke=color)
+        canvas.text(x + 5 * square, y + 8 * square + 30, caption, anchor='middle', bold=True)
+    canvas.text(360, 266, f'Jaccard index = intersection / union = {intersection:.0f} / {union:.0f} = {overlap:.2f}',
                 anchor='middle', title=True)
     return canvas
 
 
 def jaccard_values():
     """What overlaps of about 0.25, 0.5, 0.75 and 0.9 look like."""
-    canvas = Canvas(height=212)
-    cup = fractional([CUP_BOX], COFFEE)
-    width, height = (cup[0, 2:] - cup[0, :2]).tolist()
+    canvas = Canvas(height=552, width=600)
+    boat = boats_objects()[0][:1]
+    width, height = (boat[0, 2:] - boat[0, :2]).tolist()
     for i, (shift_x, shift_y) in enumerate([(0.46, 0.26), (0.22, 0.145), (0.09, 0.06), (0.035, 0.018)]):
-        scene = Scene(canvas, COFFEE, 16 + i * 202, 16, width=192)
-        shifted = cup + torch.tensor([shift_x * width, shift_y * height]).repeat(2)
-        scene.boxes(cup, PURPLE)
+        x, y = 20 + i % 2 * 285, 20 + i // 2 * 250
+        scene = Scene(canvas, BOATS, x, y, width=275)
+        shifted = boat + torch.tensor([shift_x * width, shift_y * height]).repeat(2)
+        scene.boxes(boat, PURPLE)
         scene.boxes(shifted, RED)
-        canvas.text(112 + i * 202, 172, f'{find_jaccard_overlap(cup, shifted).item():.2f}', anchor='middle', title=True)
-    canvas.text(415, 197, 'Jaccard index of the red box with the purple one', anchor='middle')
+        overlap = find_jaccard_overlap(boat, shifted).item()
+        canvas.chip(x + 8, y + 8, f'{overlap:.2f}', INK)
+    canvas.text(300, 530, 'Jaccard index of the red box with the purple one', anchor='middle')
     return canvas
 
 
@@ -215,30 +219,30 @@ def jaccard_values():
 
 def feature_maps():
     """The six feature maps as grids laid over the image, with the priors of one tile each."""
-    canvas = Canvas(height=330)
+    canvas = Canvas(height=356)
     total = 0
     for i, feature_map in enumerate(FEATURE_MAPS):
-        x, y, side, grid = 24 + i * 134, 24, 112, feature_map.grid
+        x, y, side, grid = 18 + i * 116, 24, 104, feature_map.grid
         canvas.rect(x, y, side, side, WHITE, INK)
         canvas.grid(x, y, side, side, grid, grid)
         for left, top, right, bottom in cxcy_to_xy(priors_at(feature_map.name, grid // 2, grid // 2)).tolist():
             canvas.rect(x + left * side, y + top * side, (right - left) * side, (bottom - top) * side, stroke=RED)
         count = grid ** 2 * feature_map.n_priors
         total += count
-        canvas.text(x + side / 2, y + side + 26, feature_map.name, anchor='middle', title=True)
-        canvas.text(x + side / 2, y + side + 52, f'{grid} · {grid} tiles\n{feature_map.n_priors} priors each\n'
+        canvas.text(x + side / 2, y + side + 34, feature_map.name, anchor='middle', bold=True)
+        canvas.text(x + side / 2, y + side + 64, f'{grid} × {grid}\n× {feature_map.n_priors} priors\n'
                     f'scale {feature_map.scale}', anchor='middle')
-        canvas.text(x + side / 2, y + side + 127, f'{count} priors', RED, 'middle', bold=True)
+        canvas.text(x + side / 2, y + side + 150, str(count), RED, 'middle', bold=True)
         if i:
-            canvas.text(x - 11, y + side + 127, '+', RED, 'middle', bold=True)
-    canvas.text(415, 308, f'= {total} priors', RED, 'middle', title=True)
+            canvas.text(x - 6, y + side + 150, '+', RED, 'middle', bold=True)
+    canvas.text(360, 326, f'= {total} priors', RED, 'middle', title=True)
     return canvas
 
 
 def priors_center():
-    """The priors of the central tile of conv9_2, over a picture."""
-    canvas = Canvas(height=440)
-    scene = Scene(canvas, ASTRONAUT, 20, 20, width=400, faded=True)
+    """The priors of the central tile of conv9_2, over a picture squeezed to a square."""
+    canvas = Canvas(height=410)
+    scene = Scene(canvas, BOATS, 20, 20, 370, 370, faded=True)
     draw_grid(scene, 5, tile=(2, 2))
     priors = priors_at('conv9_2', 2, 2)
     corners = ('bottom left', 'top right', 'bottom left', 'top left', 'bottom right', 'top left')
@@ -247,12 +251,10 @@ def priors_center():
         scene.label(xy, RED, str(i), corner)
     rows = [[str(i), ratio, f'{w:.2f}', f'{h:.2f}']
             for i, (ratio, (w, h)) in enumerate(zip(PRIOR_NAMES, priors[:, 2:].tolist()), start=1)]
-    canvas.text(452, 45, 'conv9_2: 5 × 5 tiles, scale 0.55', title=True)
-    canvas.text(452, 72, 'The 6 priors of the central tile')
-    canvas.table(452, 92, (70, 120, 75, 75), [['prior', 'w : h', 'w', 'h'], *rows])
+    canvas.text(410, 44, 'conv9_2, scale 0.55', title=True)
+    canvas.table(410, 62, (56, 120, 58, 58), [['prior', 'w : h', 'w', 'h'], *rows])
     c_x, c_y = priors[0, :2].tolist()
-    canvas.text(452, 312, f'All have their center at ({c_x:.1f}, {c_y:.1f}).\nThe extra prior is a square, too: its\n'
-                'scale lies between this map\'s 0.55\nand the next one\'s 0.725.')
+    canvas.text(410, 324, f'The 6 priors of the central\ntile: all have their center\nat ({c_x:.1f}, {c_y:.1f})')
     return canvas
 
 
@@ -265,53 +267,54 @@ def draw_grid(scene, size, tile):
 
 def priors_neighbors():
     """The same six priors on two other tiles of conv9_2; some overshoot the picture."""
-    canvas = Canvas(height=432)
+    canvas = Canvas(height=450)
     priors_xy = cxcy_to_xy(network().priors_cxcy)
     overshoot = ((priors_xy < 0) | (priors_xy > 1)).any(dim=1)
-    for (row, column), x in zip([(2, 3), (0, 0)], (60, 510)):
-        scene = Scene(canvas, ASTRONAUT, x, 112, width=250, faded=True)
+    for (row, column), x in zip([(2, 3), (0, 0)], (60, 452)):
+        scene = Scene(canvas, BOATS, x, 106, 230, 230, faded=True)
         draw_grid(scene, 5, tile=(row, column))
         first = prior('conv9_2', row, column, 0)
         scene.boxes(priors_xy[first:first + 6], RED)
-        canvas.text(x + 125, 388, f'row {row}, column {column}: {overshoot[first:first + 6].sum()} of 6 overshoot',
+        canvas.text(x + 115, 366, f'row {row}, column {column}:\n{overshoot[first:first + 6].sum()} of 6 overshoot',
                     anchor='middle', bold=True)
-    canvas.text(415, 414, f'{overshoot.sum()} of all {len(overshoot)} priors overshoot an edge of the picture, '
-                'and are left so', anchor='middle')
+    canvas.text(360, 430, f'{overshoot.sum()} of all {len(overshoot)} priors overshoot an edge, and are left so',
+                anchor='middle')
     return canvas
 
 
 def offsets_from_prior():
-    """The box of a cat told as its offsets from a prior."""
-    canvas = Canvas(height=386)
-    scene = Scene(canvas, DOGS_AND_CAT, 20, 20, width=400)
-    cat = fractional([DOGS_AND_CAT_BOXES[2]], DOGS_AND_CAT)
-    chosen = network().priors_cxcy[prior('conv8_2', 4, 6, 1)]
-    c_x, c_y, w, h = xy_to_cxcy(cat)[0].tolist()
-    p_x, p_y, p_w, p_h = chosen.tolist()
-    offsets = cxcy_to_gcxgcy(xy_to_cxcy(cat), chosen)[0].tolist()
-
-    for xy, color, text, corner in ((cxcy_to_xy(chosen).tolist(), RED, 'prior', 'bottom left'),
-                                    (cat[0].tolist(), PURPLE, 'cat', 'top right')):
-        scene.box(xy, color, dashed=color == RED)
-        scene.label(xy, color, text, corner)
+    """The box of a boat told as its offsets from a prior."""
+    canvas = Canvas(height=484)
+    scene = Scene(canvas, BOATS, 20, 20, width=350)
+    boat, chosen = boats_objects()[0][:1], network().priors_cxcy[prior('conv8_2', 5, 6, 1)]
+    offsets = cxcy_to_gcxgcy(xy_to_cxcy(boat), chosen)[0].tolist()
+    scene.box(cxcy_to_xy(chosen).tolist(), RED, dashed=True)
+    scene.boxes(boat, PURPLE)
+    scene.label(cxcy_to_xy(chosen).tolist(), RED, 'prior', 'bottom left')
+    scene.label(boat[0].tolist(), PURPLE, 'boat', 'top right')
+    (p_x, p_y, p_w, p_h), (c_x, c_y, w, h) = chosen.tolist(), xy_to_cxcy(boat)[0].tolist()
     canvas.arrow(*scene.at(p_x, p_y), *scene.at(c_x, c_y), halo=True)
     canvas.dot(*scene.at(p_x, p_y), RED)
     canvas.dot(*scene.at(c_x, c_y), PURPLE)
 
     rows = [['', 'c_x', 'c_y', 'w', 'h'],
-            ['cat', *(f'{value:.3f}' for value in (c_x, c_y, w, h))],
+            ['boat', *(f'{value:.3f}' for value in (c_x, c_y, w, h))],
             ['prior', *(f'{value:.3f}' for value in chosen.tolist())],
-            ['offset', *(signed(value) for value in offsets)]]
+            ['offset', *map(signed, offsets)]]
     fills = {(1, 0): tint(PURPLE), (2, 0): tint(RED), **{(3, column): tint(BLUE) for column in range(5)}}
-    canvas.table(440, 20, (70, 75, 75, 75, 75), rows, fills)
-    formulas = (f'g_c_x = ({c_x:.3f} − {p_x:.3f}) / ({p_w:.3f} / 10) = {signed(offsets[0])}',
-                f'g_c_y = ({c_y:.3f} − {p_y:.3f}) / ({p_h:.3f} / 10) = {signed(offsets[1])}',
-                f'g_w = 5 · ln({w:.3f} / {p_w:.3f}) = {signed(offsets[2])}',
-                f'g_h = 5 · ln({h:.3f} / {p_h:.3f}) = {signed(offsets[3])}')
-    for i, formula in enumerate(formulas):
-        canvas.text(440, 172 + i * 30, formula)
-    canvas.text(440, 310, 'The cat\'s center lies to the right of the\nprior\'s and higher; the cat is narrower\n'
-                'than the prior, and taller.')
+    canvas.table(388, 20, (70, 61, 61, 61, 61), rows, fills, row_height=38)
+    canvas.text(388, 208, 'The boat\'s center lies to the left\nof the prior\'s, and higher. It is\n'
+                'narrower than the prior, and taller.')
+    lines = (('g_c_x', '(c_x − ĉ_x) / (ŵ / 10)', f'({c_x:.3f} − {p_x:.3f}) / {p_w / 10:.4f}'),
+             ('g_c_y', '(c_y − ĉ_y) / (ĥ / 10)', f'({c_y:.3f} − {p_y:.3f}) / {p_h / 10:.4f}'),
+             ('g_w', '5 · log(w / ŵ)', f'5 · log({w:.3f} / {p_w:.3f})'),
+             ('g_h', '5 · log(h / ĥ)', f'5 · log({h:.3f} / {p_h:.3f})'))
+    for i, ((name, formula, numbers), offset) in enumerate(zip(lines, offsets)):
+        y = 346 + i * 36
+        canvas.text(20, y, name, BLUE, bold=True)
+        canvas.text(76, y, f'= {formula}')
+        canvas.text(330, y, f'= {numbers}')
+        canvas.text(700, y, f'= {signed(offset)}', BLUE, 'end', bold=True)
     return canvas
 
 
@@ -320,246 +323,111 @@ def signed(value):
     return f'{value:.2f}'.replace('-', '−')
 
 
-def receptive_fields():
-    """Side in pixels of what one output of each feature map's 3×3 prediction convolution sees, and the distance in
-    pixels of two neighboring outputs: {name: (receptive field, stride)}."""
-    layers = []  # (name, kernel size, stride, dilation), in the order in which an image passes them
-    for block, (n_convs, _) in enumerate(VGG_BLOCKS, start=1):
-        layers += [(f'conv{block}_{i}', 3, 1, 1) for i in range(1, n_convs + 1)]
-        layers.append((f'pool{block}', *((3, 1) if block == 5 else (2, 2)), 1))
-    base = network().base
-    upper = {'conv6': base.conv6, 'conv7': base.conv7, **dict(network().aux_convs.named_children())}
-    layers += [(name, conv.kernel_size[0], conv.stride[0], conv.dilation[0]) for name, conv in upper.items()]
+POOLS = {'conv1_2': (2, 2), 'conv2_2': (2, 2), 'conv3_3': (2, 2), 'conv4_3': (2, 2), 'conv5_3': (3, 1)}  # size, stride
 
-    fields, field, distance = {}, 1, 1
-    for name, kernel_size, stride, dilation in layers:
-        field += (kernel_size - 1) * dilation * distance
-        distance *= stride
-        fields[name] = (field + 2 * distance, distance)  # 2: for the prediction convolution's own 3×3 kernel
+
+def receptive_fields():
+    """Side in pixels of what one output of each feature map's 3×3 prediction convolution sees."""
+    fields, field, distance = {}, 1, 1  # distance: of two neighboring outputs, in pixels
+    for name, conv in [*network().base.named_children(), *network().aux_convs.named_children()]:
+        field += (conv.kernel_size[0] - 1) * conv.dilation[0] * distance
+        distance *= conv.stride[0]
+        fields[name] = field + 2 * distance  # 2: for the prediction convolution's own 3×3 kernel
+        if name in POOLS:
+            size, stride = POOLS[name]
+            field += (size - 1) * distance
+            distance *= stride
     return {feature_map.name: fields[feature_map.name] for feature_map in FEATURE_MAPS}
 
 
 def receptive_field():
     """What a prediction sees of the image, beside its kernel and its priors."""
-    canvas = Canvas(height=600)
+    canvas = Canvas(height=640)
     fields = receptive_fields()
-    for (name, tile), x in zip([('conv4_3', 19), ('conv7', 9)], (110, 520)):
-        scene = Scene(canvas, ASTRONAUT, x, 98, width=200, faded=True)
+    for (name, tile), x in zip([('conv4_3', 19), ('conv7', 9)], (60, 444)):
+        scene = Scene(canvas, BOATS, x, 98, 200, 200, faded=True)
         grid = next(feature_map.grid for feature_map in FEATURE_MAPS if feature_map.name == name)
         priors = priors_at(name, tile, tile)
-        center = priors[0, :2].repeat(2)
-        around = torch.tensor([-0.5, -0.5, 0.5, 0.5])
-        seen = center + around * fields[name][0] / IMAGE_SIZE
-        scene.box(seen.tolist(), BLUE)
+        center, around = priors[0, :2].repeat(2), torch.tensor([-0.5, -0.5, 0.5, 0.5])
+        scene.box((center + around * fields[name] / IMAGE_SIZE).tolist(), BLUE)
         scene.boxes(cxcy_to_xy(priors), RED)
-        kernel = (center + around * 3 / grid).tolist()
-        scene.box(kernel, AMBER)
-        canvas.text(x + 100, 32, name, anchor='middle', title=True)
+        scene.box((center + around * 3 / grid).tolist(), AMBER)
+        canvas.text(x + 100, 34, name, anchor='middle', title=True)
 
-    rows = [['feature map', '3×3 kernel covers', 'largest prior', 'receptive field', '… as a fraction']]
+    rows = [['map', '3×3 kernel', 'largest prior', 'receptive field', 'as a fraction']]
     for feature_map in FEATURE_MAPS:
         widest = priors_at(feature_map.name, 0, 0)[:, 2:].max().item()
-        field = fields[feature_map.name][0]
+        field = fields[feature_map.name]
         rows.append([feature_map.name, f'{min(3 / feature_map.grid, 1):.2f}', f'{widest:.2f}', f'{field} pixels',
                      f'{field / IMAGE_SIZE:.2f}'])
     fills = {(0, 1): tint(AMBER), (0, 2): tint(RED), (0, 3): tint(BLUE), (0, 4): tint(BLUE)}
-    canvas.table(40, 392, (130, 165, 145, 155, 155), rows, fills)
+    canvas.table(20, 388, (110, 130, 145, 155, 140), rows, fills)
     return canvas
 
 
 # --------------------------------------------------------------------------------------------- matching
 
-# Seven of the 8732 priors: feature map, row, column, number at this tile; and where the chip goes.
-MATCHED_PRIORS = ((('conv8_2', 4, 2, 5), 'bottom left'), (('conv8_2', 3, 2, 4), 'top right'),
-                  (('conv9_2', 2, 1, 5), 'bottom right'), (('conv7', 10, 9, 1), 'bottom right'),
-                  (('conv7', 11, 8, 1), 'bottom left'), (('conv7', 5, 15, 1), 'bottom right'),
-                  (('conv8_2', 8, 7, 0), 'bottom right'))
+# Seven of the 8732 priors: feature map, row, column, number at this tile; and the side where its number stands.
+MATCHED_PRIORS = ((('conv8_2', 4, 5, 4), 'right', 0.3), (('conv8_2', 8, 3, 3), 'bottom', 0.2),
+                  (('conv8_2', 8, 5, 2), 'bottom', 0.6), (('conv7', 16, 15, 1), 'right', 0.2),
+                  (('conv4_3', 31, 15, 0), 'left', 0.5), (('conv4_3', 35, 29, 0), 'right', 0.5),
+                  (('conv8_2', 3, 2, 4), 'left', 0.5))
+OBJECT_SIDES = (('top', 0.5), ('left', 0.8), ('right', 0.35), ('bottom', 0.5), ('bottom', 0.5))
 
 
 def matching_example():
-    """The scene with three objects and seven priors: path, boxes, labels, priors (7, 4), overlaps (7, 3)."""
-    path, boxes, labels = sample('000012')
-    priors = network().priors_cxcy[[prior(*place) for place, _ in MATCHED_PRIORS]]
-    return path, boxes, labels, priors, find_jaccard_overlap(cxcy_to_xy(priors), boxes)
+    """The five objects and seven priors: boxes, labels, priors (7, 4), overlaps (7, 5)."""
+    boxes, labels = boats_objects()
+    priors = network().priors_cxcy[[prior(*place) for place, _, _ in MATCHED_PRIORS]]
+    return boxes, labels, priors, find_jaccard_overlap(cxcy_to_xy(priors), boxes)
+
+
+def draw_matching(canvas, boxes, priors, colors):
+    """The objects, named by letters, and the priors, named by numbers."""
+    scene = Scene(canvas, BOATS, 100, 54, width=520)
+    for xy, color in zip(cxcy_to_xy(priors).tolist(), colors):
+        scene.box(xy, color)
+    scene.boxes(boxes, PURPLE)
+    for letter, xy, (side, place) in zip('ABCDE', boxes.tolist(), OBJECT_SIDES):
+        scene.callout(xy, PURPLE, letter, side, place)
+    for i, (xy, color, (_, side, place)) in enumerate(zip(cxcy_to_xy(priors).tolist(), colors, MATCHED_PRIORS), 1):
+        scene.callout(xy, color, str(i), side, place)
 
 
 def matching_scene():
     """The objects and priors, and the table of their overlaps."""
-    canvas = Canvas(height=350)
-    path, boxes, labels, priors, overlaps = matching_example()
-    scene = Scene(canvas, path, 20, 20, width=410)
-    scene.boxes(boxes, PURPLE)
-    scene.boxes(cxcy_to_xy(priors), RED, dashed=True)
-    for i, (xy, (_, corner)) in enumerate(zip(cxcy_to_xy(priors).tolist(), MATCHED_PRIORS), start=1):
-        scene.label(xy, RED, str(i), corner)
-
-    names = [rev_label_map[label] for label in labels.tolist()]
-    rows = [['prior', *names]]
+    canvas = Canvas(height=880)
+    boxes, labels, priors, overlaps = matching_example()
+    draw_matching(canvas, boxes, priors, [RED] * len(priors))
+    rows = [['prior', *(f'{letter}: {rev_label_map[label]}' for letter, label in zip('ABCDE', labels.tolist()))]]
     rows += [[str(i), *(f'{value:.2f}' for value in row)] for i, row in enumerate(overlaps.tolist(), start=1)]
     best_object, best_prior = overlaps.argmax(dim=1), overlaps.argmax(dim=0)
-    fills = {(i + 1, best_object[i].item() + 1): tint(RED) for i in range(len(rows) - 1) if overlaps[i].max() > 0}
-    fills |= {(best_prior[j].item() + 1, j + 1): tint(PURPLE, 0.5) for j in range(len(names))}
-    canvas.text(450, 40, 'Jaccard overlaps', title=True)
-    canvas.table(450, 54, (60, 95, 95, 110), rows, fills)
-    canvas.rect(450, 286, 16, 16, tint(RED))
-    canvas.text(474, 299, 'a prior\'s best object')
-    canvas.rect(450, 312, 16, 16, tint(PURPLE, 0.5))
-    canvas.text(474, 325, 'an object\'s best prior (and its best object)')
+    fills = {(i + 1, best_object[i].item() + 1): tint(RED) for i in range(len(priors)) if overlaps[i].max() > 0}
+    fills |= {(best_prior[j].item() + 1, j + 1): tint(PURPLE, 0.5) for j in range(len(boxes))}
+    canvas.table(60, 540, (75, *[105] * 5), rows, fills)
+    canvas.rect(60, 818, 18, 18, tint(RED))
+    canvas.text(88, 834, 'a prior\'s best object')
+    canvas.rect(60, 846, 18, 18, tint(PURPLE, 0.5))
+    canvas.text(88, 862, 'an object\'s best prior (and that prior\'s best object)')
     return canvas
 
 
 def matching_result():
     """Which priors are positive, and what for."""
-    canvas = Canvas(height=314)
-    path, boxes, labels, priors, overlaps = matching_example()
+    canvas = Canvas(height=880)
+    boxes, labels, priors, overlaps = matching_example()
     loss = MultiBoxLoss(priors)
-    _, classes = loss.match([boxes], [labels])
-    classes = classes[0].tolist()
-    scene = Scene(canvas, path, 20, 20, width=350)
-    scene.boxes(boxes, PURPLE)
-    priors_xy, colors = cxcy_to_xy(priors).tolist(), [GREEN if label else GREY for label in classes]
-    for xy, color in zip(priors_xy, colors):
-        scene.box(xy, color, dashed=color == GREY)
+    classes = loss.match([boxes], [labels])[1][0].tolist()
+    draw_matching(canvas, boxes, priors, [GREEN if label else GREY for label in classes])
     fills, rows = {}, [['prior', 'object', 'overlap', 'match', 'class to learn']]
-    for i, (xy, color, label) in enumerate(zip(priors_xy, colors, classes), start=1):
-        scene.label(xy, color, str(i), MATCHED_PRIORS[i - 1][1])
-        overlap, best = overlaps[i - 1].max(dim=0)
-        rows.append([str(i), rev_label_map[labels[best].item()] if overlap > 0 else '–', f'{overlap.item():.2f}',
+    for i, (label, row) in enumerate(zip(classes, overlaps), start=1):
+        overlap, best = row.max(dim=0)
+        rows.append([str(i), 'ABCDE'[best] if overlap > 0 else '–', f'{overlap.item():.2f}',
                      'positive' if label else 'negative', rev_label_map[label]])
-        fills |= {(i, column): tint(color, 0.25 if label else 0.15) for column in (3, 4)}
-    claimed = [i for i, label in enumerate(classes) if label and overlaps[i].max() < loss.threshold]
-    canvas.table(384, 20, (55, 95, 80, 85, 115), rows, fills)
-    for i in claimed:
-        canvas.text(384, 262, f'Prior {i + 1} overlaps by less than {loss.threshold}, and is positive\n'
-                    f'nevertheless: it is the best that the {rev_label_map[classes[i]]} has.')
-    return canvas
-
-
-# ------------------------------------------------------------------------------- non-maximum suppression
-
-MIN_SCORE, MAX_OVERLAP = 0.2, 0.5
-# What a network could have found in DOGS_AND_CAT: label, score, box in pixels, where the chip goes.
-CANDIDATES = (('dog', 0.96, (150, 112, 329, 301), 'bottom right'), ('cat', 0.93, (259, 22, 437, 230), 'top right'),
-              ('dog', 0.89, (12, 66, 189, 258), 'bottom left'), ('dog', 0.74, (31, 48, 218, 236), 'top left'),
-              ('cat', 0.58, (234, 42, 404, 214), 'top left'))
-CLASS_COLORS = {'dog': AMBER, 'cat': BLUE}
-
-
-def candidate_boxes():
-    """The candidates' boxes (5, 4), fractional."""
-    return fractional([box for _, _, box, _ in CANDIDATES], DOGS_AND_CAT)
-
-
-def kept_candidates():
-    """The numbers of the candidates that the network's `detect_objects` leaves.
-
-    It is given 8732 predictions, as always: the first five say what the candidates are, the others "background".
-    """
-    model = network()
-    probabilities = torch.zeros(1, len(model.priors_cxcy), model.n_classes)  # (1, 8732, 21)
-    for i, (label, score, _, _) in enumerate(CANDIDATES):
-        probabilities[0, i, label_map[label]] = score
-    probabilities[..., 0] = 1 - probabilities.sum(dim=2)
-    locs = torch.zeros(1, len(model.priors_cxcy), 4)  # (1, 8732, 4)
-    locs[0, :len(CANDIDATES)] = cxcy_to_gcxgcy(xy_to_cxcy(candidate_boxes()), model.priors_cxcy[:len(CANDIDATES)])
-    _, _, scores = model.detect_objects(locs, probabilities.log(), MIN_SCORE, MAX_OVERLAP, top_k=200)
-    found = [round(score, 2) for score in scores[0].tolist()]
-    return [i for i, (_, score, _, _) in enumerate(CANDIDATES) if score in found]
-
-
-def by_class():
-    """{label: numbers of its candidates, by falling score}"""
-    ranked = sorted(range(len(CANDIDATES)), key=lambda i: -CANDIDATES[i][1])
-    return {label: [i for i in ranked if CANDIDATES[i][0] == label] for label in CLASS_COLORS}
-
-
-def title_of(i):
-    """'dog 1' for the best dog and so on."""
-    label = CANDIDATES[i][0]
-    return f'{label} {by_class()[label].index(i) + 1}'
-
-
-def draw_candidates(numbers):
-    canvas = Canvas(height=442)
-    scene = Scene(canvas, DOGS_AND_CAT, 155, 16, width=520)
-    boxes = candidate_boxes().tolist()
-    for i in reversed(numbers):  # the best ones on top
-        scene.box(boxes[i], CLASS_COLORS[CANDIDATES[i][0]])
-    for i in numbers:
-        label, score, _, corner = CANDIDATES[i]
-        scene.label(boxes[i], CLASS_COLORS[label], f'{title_of(i)}: {score:.2f}', corner)
-    canvas.text(415, 429, f'{len(numbers)} boxes for 3 animals', anchor='middle')
-    return canvas
-
-
-def nms_1_candidates():
-    return draw_candidates(range(len(CANDIDATES)))
-
-
-def nms_2_sorted():
-    """The candidates of each class, lined up by score."""
-    canvas = Canvas(height=160)
-    for (label, numbers), x in zip(by_class().items(), (24, 430)):
-        for place, i in enumerate(numbers):
-            score, y = CANDIDATES[i][1], 22 + place * 42
-            canvas.text(x, y + 20, title_of(i), bold=True)
-            canvas.rect(x + 55, y, 260, 30, WHITE, EDGE, stroke_width=HAIRLINE)
-            canvas.rect(x + 55, y, 260 * score, 30, CLASS_COLORS[label])
-            canvas.text(x + 325, y + 20, f'{score:.2f}')
-    return canvas
-
-
-def nms_3_overlaps():
-    """The overlaps of the candidates of each class, and who suppresses whom."""
-    canvas = Canvas(height=202)
-    kept = kept_candidates()
-    for (label, numbers), x in zip(by_class().items(), (24, 470)):
-        boxes = candidate_boxes()[numbers]
-        overlaps = find_jaccard_overlap(boxes, boxes).tolist()
-        rows = [['', *map(title_of, numbers)]]
-        rows += [[title_of(i), *(f'{value:.2f}' for value in row)] for i, row in zip(numbers, overlaps)]
-        fills = {(0, column + 1): tint(CLASS_COLORS[label], 0.5) for column in range(len(numbers))}
-        fills |= {(row + 1, 0): tint(CLASS_COLORS[label], 0.5) for row in range(len(numbers))}
-        fills |= {(row + 1, column + 1): tint(RED, 0.4) for row in range(len(numbers)) for column in range(row)
-                  if numbers[column] in kept and overlaps[row][column] > MAX_OVERLAP}
-        canvas.table(x, 24, [85] * len(rows[0]), rows, fills)
-        y = 24 + 27 * len(rows) + 26
-        for row, i in enumerate(numbers):
-            if i not in kept:
-                best = max((column for column in range(row) if numbers[column] in kept),
-                           key=lambda column: overlaps[row][column])
-                canvas.text(x, y, f'{title_of(i)} is suppressed by {title_of(numbers[best])}:\n'
-                            f'they overlap by {overlaps[row][best]:.2f}, more than {MAX_OVERLAP}')
-    return canvas
-
-
-def nms_4_result():
-    return draw_candidates(kept_candidates())
-
-
-# ------------------------------------------------------------------------------------------ quick start
-
-def quick_start_training():
-    """What the network finds in one training picture as the quick start goes on; None without recorded
-    detections."""
-    if not QUICK_START.exists():
-        return None
-    recorded = json.loads(QUICK_START.read_text(encoding='utf-8'))
-    path, epochs = HERE / recorded['picture'], sorted(recorded['epochs'], key=int)
-    width, height = picture_size(path)
-    panel_width, columns = 256, 3
-    panel_height = panel_width * height / width
-    rows = -(-len(epochs) // columns)
-    canvas = Canvas(height=round(16 + rows * (panel_height + 2 * LINE_HEIGHT)))
-    for i, epoch in enumerate(epochs):
-        x, y = 16 + i % columns * (panel_width + 15), 16 + i // columns * (panel_height + 2 * LINE_HEIGHT)
-        scene = Scene(canvas, path, x, y, panel_width)
-        found = recorded['epochs'][epoch]
-        boxes = fractional([one['box'] for one in found], path).view(-1, 4)
-        scene.boxes(boxes.flip(0), BLUE)  # the surest last, on top
-        for one, xy in zip(reversed(found), boxes.flip(0).tolist()):
-            scene.label(xy, BLUE, f'{one["label"]} {one["score"]:.2f}', 'above left')
-        count = len(found)
-        canvas.text(x + panel_width / 2, y + panel_height + 22,
-                    f'epoch {epoch}: {count or "no"} {"box" if count == 1 else "boxes"}', anchor='middle', bold=True)
+        fills |= {(i, column): tint(GREEN if label else GREY, 0.25) for column in (3, 4)}
+    canvas.table(75, 540, (75, 95, 105, 125, 170), rows, fills)
+    for i, label in enumerate(classes):
+        if label and overlaps[i].max() < loss.threshold:
+            canvas.text(60, 836, f'Prior {i + 1} overlaps by less than {loss.threshold}, but is positive:\n'
+                        f'it is the best that {"ABCDE"[overlaps[i].argmax()]} has.')
     return canvas

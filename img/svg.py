@@ -1,18 +1,15 @@
-"""A small canvas for SVG, with the looks that all figures share.
-
-One unit is one pixel where the README is shown at its full width. Whatever is drawn later lies on top.
-"""
+"""A small canvas for SVG, with the looks that all figures share. Whatever is drawn later lies on top."""
 
 import base64
+import io
 import math
 from html import escape
 from pathlib import Path
 
 from PIL import Image
 
-WIDTH = 830  # of every figure: the width at which GitHub shows a README
-FONT_SIZE, TITLE_SIZE = 14, 17
-LINE_HEIGHT = 21
+# A phone shows a figure half as large as it is: the letters must be large, too.
+WIDTH, FONT_SIZE, TITLE_SIZE, LINE_HEIGHT = 720, 18, 21, 25
 STROKE, HAIRLINE = 2, 1  # of lines, and of the grids behind them
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', Helvetica, Arial, sans-serif"
 
@@ -48,18 +45,20 @@ def text_width(text):
 
 
 class Canvas:
-    def __init__(self, height, width=WIDTH):
-        self.width, self.height = width, height
+    def __init__(self, height=0, width=WIDTH):
+        self.width, self.height = width, height  # the height may still be changed while drawing
         self.elements, self.pictures = [], {}
-        # Pages are light or dark: with a ground of its own, a figure looks the same on both.
-        self.rect(1, 1, width - 2, height - 2, PAPER, EDGE, corner=8)
 
     # ------------------------------------------------------------------------------------------- file
 
     def save(self, path):
-        defs = ''.join(f'<image id="{name}" width="{width}" height="{height}" href="data:image/jpeg;base64,{data}"/>\n'
-                       for name, (width, height, data) in self.pictures.items())
-        size = f'width="{self.width}" height="{self.height}" viewBox="0 0 {self.width} {self.height}"'
+        # Pages are light or dark: with a ground of its own, a figure looks the same on both.
+        self.rect(1, 1, self.width - 2, self.height - 2, PAPER, EDGE, corner=8)
+        self.elements.insert(0, self.elements.pop())
+        defs = ''.join(f'<image id="{name}" width="{w}" height="{h}" href="data:image/jpeg;base64,{data}"/>\n'
+                       for name, (w, h, data) in self.pictures.items())
+        width, height = number(self.width), number(self.height)
+        size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
         lines = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="{FONT}" font-size="{FONT_SIZE}">',
                  *([f'<defs>\n{defs}</defs>'] if defs else []), *self.elements, '</svg>']
         Path(path).write_bytes('\n'.join([*lines, '']).encode())
@@ -131,38 +130,47 @@ class Canvas:
         """A text on a ground of its color, for labels on pictures; (x, y) is its upper left corner."""
         width = chip_width(text)
         self.rect(x, y, width, CHIP_HEIGHT, color, corner=3)
-        self.text(x + width / 2, y + CHIP_HEIGHT - 6, text, ink_on(color), 'middle', bold=True)
+        self.text(x + width / 2, y + CHIP_HEIGHT - 7, text, ink_on(color), 'middle', bold=True)
 
-    def table(self, x, y, widths, rows, fills=None, row_height=27):
+    def table(self, x, y, widths, rows, fills=None, row_height=33):
         """Rows of texts, the first one being the heading. `fills` gives cells (row, column) a color."""
         for i, row in enumerate(rows):
             left = x
             for j, (cell, width) in enumerate(zip(row, widths, strict=True)):
                 fill = (fills or {}).get((i, j), PAPER if i == 0 else WHITE)
                 self.rect(left, y + i * row_height, width, row_height, fill, EDGE, stroke_width=HAIRLINE)
-                self.text(left + width / 2, y + (i + 0.5) * row_height + 5, cell, anchor='middle', bold=i == 0)
+                self.text(left + width / 2, y + (i + 0.5) * row_height + 6, cell, anchor='middle', bold=i == 0)
                 left += width
 
     # --------------------------------------------------------------------------------------- pictures
 
-    def picture(self, path, x, y, width):
-        """A JPEG, its file's bytes as they are; used several times, it is stored once. Returns its height."""
-        name = Path(path).stem
-        with Image.open(path) as image:
-            original_width, original_height = image.size
-        if name not in self.pictures:
-            self.pictures[name] = (original_width, original_height,
-                                   base64.b64encode(Path(path).read_bytes()).decode())
-        scale = width / original_width
-        self.add('use', href=f'#{name}', transform=f'translate({number(x)} {number(y)}) scale({scale:.4f})')
-        return original_height * scale
+    def picture(self, source, x, y, width, height=None, region=(0, 0, 1, 1)):
+        """A JPEG, its file's bytes as they are, or a PIL image; used several times, it is stored once. Only a region
+        of it, in fractional boundary coordinates, and squeezed, if a height is given that isn't its own. Returns the
+        height."""
+        if isinstance(source, Image.Image):
+            size, file = source.size, io.BytesIO()
+            source.save(file, 'JPEG', quality=80)
+            name, data = f'picture{len(self.pictures)}', file.getvalue()
+        else:
+            name, data = Path(source).stem, Path(source).read_bytes()
+            with Image.open(source) as image:
+                size = image.size
+        self.pictures.setdefault(name, (*size, base64.b64encode(data).decode()))
+        left, top, right, bottom = (round(value * size[i % 2]) for i, value in enumerate(region))
+        height = height or width * (bottom - top) / (right - left)
+        frame = ' '.join(f'{key}="{number(value)}"' for key, value in
+                         (('x', x), ('y', y), ('width', width), ('height', height)))
+        self.elements.append(f'<svg {frame} viewBox="{left} {top} {right - left} {bottom - top}" '
+                             f'preserveAspectRatio="none"><use href="#{name}"/></svg>')
+        return height
 
 
-CHIP_HEIGHT = 21
+CHIP_HEIGHT = 26
 
 
 def chip_width(text):
-    return max(text_width(text) + 6, CHIP_HEIGHT)
+    return max(text_width(text) + 8, CHIP_HEIGHT)
 
 
 class Axes:
@@ -184,16 +192,16 @@ class Axes:
         for value in values:
             x, _ = self.at(value, self.y_range[0])
             self.canvas.line(x, self.y, x, self.y + self.height, EDGE, stroke_width=HAIRLINE)
-            self.canvas.text(x, self.y + self.height + 20, show(value), anchor='middle')
+            self.canvas.text(x, self.y + self.height + 24, show(value), anchor='middle')
 
     def ticks_y(self, values, show=str):
         for value in values:
             _, y = self.at(self.x_range[0], value)
             self.canvas.line(self.x, y, self.x + self.width, y, EDGE, stroke_width=HAIRLINE)
-            self.canvas.text(self.x - 8, y + 5, show(value), anchor='end')
+            self.canvas.text(self.x - 8, y + 6, show(value), anchor='end')
 
     def frame(self, x_label, y_label):
         bottom = self.y + self.height
         self.canvas.path([(self.x, self.y), (self.x, bottom), (self.x + self.width, bottom)])
-        self.canvas.text(self.x + self.width / 2, bottom + 42, x_label, anchor='middle', bold=True)
+        self.canvas.text(self.x + self.width / 2, bottom + 52, x_label, anchor='middle', bold=True)
         self.canvas.text(self.x, self.y - 12, y_label, bold=True)

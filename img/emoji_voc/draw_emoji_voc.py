@@ -14,19 +14,21 @@ Draw a larger one with three classes somewhere else:
 It needs a color emoji font: Noto Color Emoji, on Debian and Ubuntu `apt install fonts-noto-color-emoji`.
 
 It writes JPEGImages/*.jpg and Annotations/*.xml for each picture, and the lists ImageSets/Main/*.txt, in the
-folders VOC2007 (training and test) and VOC2012 (training only) of the output folder. A set that it drew there
-earlier is removed first. The same settings and the same Pillow version give the same files.
+folders VOC2007 (training and test) and VOC2012 (training only) of the output folder. A set that it drew there earlier
+is removed first. The same settings and the same Pillow version give the same files.
 """
 
 import random
 import sys
 from itertools import combinations
 from pathlib import Path
-from typing import NoReturn
-from xml.etree import ElementTree as ET
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where the project's own modules lie
+
+from utils import InputError, require, run_script
 
 # Where from, where to
 output_folder: str = str(Path(__file__).resolve().parent)  # VOC2007 and VOC2012 are written in here
@@ -57,39 +59,54 @@ EMOJI = {'aeroplane': '✈', 'bicycle': '🚲', 'bird': '🐦', 'boat': '⛵', '
          'person': '🧍', 'pottedplant': '🪴', 'sheep': '🐑', 'sofa': '🛋', 'train': '🚆', 'tvmonitor': '📺'}
 Objects = list[tuple[str, bool]]  # what is in a picture: class and whether it is difficult
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels from 0, the last two exclusive
-DATABASE = 'Emoji VOC'  # stands in each annotation, and tells our files from those of the real VOC
+FIELDS = """\
+<annotation>
+\t<folder>{}</folder>
+\t<filename>{}.jpg</filename>
+\t<source>
+\t\t<database>Emoji VOC</database>
+\t\t<annotation>Emoji VOC</annotation>
+\t\t<image>Noto Color Emoji</image>
+\t</source>
+\t<size>
+\t\t<width>{}</width>
+\t\t<height>{}</height>
+\t\t<depth>3</depth>
+\t</size>
+\t<segmented>0</segmented>
+"""
+OBJECT_FIELDS = """\
+\t<object>
+\t\t<name>{}</name>
+\t\t<pose>Unspecified</pose>
+\t\t<truncated>0</truncated>
+\t\t<difficult>{:d}</difficult>
+\t\t<bndbox>
+\t\t\t<xmin>{}</xmin>
+\t\t\t<ymin>{}</ymin>
+\t\t\t<xmax>{}</xmax>
+\t\t\t<ymax>{}</ymax>
+\t\t</bndbox>
+\t</object>
+"""
 MIN_GLYPH = 16  # pixels; thin lines, such as the bicycle's, fade away in smaller glyphs
 MAX_TRIES = 10_000  # arrangements tried for one picture
 
 
-def fail(sentence: str) -> NoReturn:
-    from utils import InputError  # only here, because utils.py is in reach only once the script runs
-    raise InputError(sentence)
-
-
 def check_settings() -> None:
     unknown = [name for name in classes if name not in EMOJI]
-    if unknown or not classes:
-        fail(f'classes: no emoji for {", ".join(unknown) or "an empty list"}; there are {", ".join(EMOJI)}.')
-    if min(n_train_2007, n_train_2012, n_test, n_difficult) < 0:
-        fail('n_train_2007, n_train_2012, n_test and n_difficult cannot be negative.')
-    if max_objects < 1:
-        fail('max_objects must be at least 1.')
-    if not picture_sizes:
-        fail('picture_sizes must hold at least one size.')
+    require(classes and not unknown, f'classes must be some of {", ".join(EMOJI)}, not {", ".join(unknown)}')
+    require(min(n_train_2007, n_train_2012, n_test, n_difficult) >= 0 < max_objects,
+            'numbers of pictures and difficult objects can\'t be negative, and max_objects must be at least 1')
     shortest_side = min(min(parse_size(text)) for text in picture_sizes)
-    if not MIN_GLYPH <= min_size <= max_size <= shortest_side:
-        fail(f'min_size and max_size must rise from {MIN_GLYPH} to the shortest side of a picture, '
-             f'{shortest_side}; they are {min_size} and {max_size}.')
-    if not 0 <= noise <= 127:
-        fail(f'noise must lie between 0 and 127, it is {noise}.')
+    require(MIN_GLYPH <= min_size <= max_size <= shortest_side,
+            f'min_size and max_size must rise from {MIN_GLYPH} to the shortest side of a picture, {shortest_side}')
 
 
 def parse_size(text: str) -> tuple[int, int]:
     """'500x375' -> (500, 375), width and height."""
     width, _, height = text.partition('x')
-    if not (width.isdecimal() and height.isdecimal()):
-        fail(f'picture_sizes: {text!r} is not a width and a height like 500x375.')
+    require(width.isdecimal() and height.isdecimal(), f"picture_sizes must be like 500x375, not '{text}'")
     return int(width), int(height)
 
 
@@ -98,16 +115,15 @@ def draw_glyphs() -> dict[str, Image.Image]:
     try:
         emoji_font = ImageFont.truetype(font, font_size)
     except (OSError, ValueError) as error:
-        fail(f'font: cannot read {font} at font_size {font_size} ({error}); install Noto Color Emoji '
-             f'(package fonts-noto-color-emoji on Debian and Ubuntu) or name another color emoji font.')
+        raise InputError(f"font '{font}' can't be used at font_size {font_size} ({error}): install Noto Color Emoji "
+                         '(fonts-noto-color-emoji on Debian and Ubuntu), or name another emoji font') from None
     return {name: draw_glyph(name, emoji_font) for name in classes}
 
 
 def draw_glyph(name: str, emoji_font: ImageFont.FreeTypeFont) -> Image.Image:
     canvas = Image.new('RGBA', (3 * font_size, 3 * font_size))
     ImageDraw.Draw(canvas).text((font_size, font_size), EMOJI[name], 'black', emoji_font, embedded_color=True)
-    if not canvas.convert('RGB').getbbox():  # nothing drawn, or nothing but black
-        fail(f'font: {font} has no colored {EMOJI[name]} ({name}); use Noto Color Emoji or leave it out.')
+    require(canvas.convert('RGB').getbbox(), f"font '{font}' has no {EMOJI[name]} ({name}) in color")
     # On the empty canvas soft edges have mixed with black; read as premultiplied ('RGBa') they recover
     glyph = Image.frombytes('RGBa', canvas.size, canvas.tobytes()).convert('RGBA')
     return glyph.crop(glyph.getbbox())
@@ -152,8 +168,8 @@ def arrange(objects: Objects, glyphs: dict[str, Image.Image], picture_size: tupl
             rectangles.append(place(glyphs[name].size, longest_side, picture_size, rng))
         if all(hidden_share(a, b) <= max_hidden for a, b in combinations(rectangles, 2)):
             return rectangles
-    fail(f'No room for {len(objects)} objects of at least {min_size} pixels in a picture of '
-         f'{picture_size[0]}x{picture_size[1]}: lower min_size or max_objects.')
+    raise InputError(f'there is no room for {len(objects)} objects of at least {min_size} pixels in a picture of '
+                     f'{picture_size[0]}x{picture_size[1]}: lower min_size or max_objects')
 
 
 def place(glyph_size: tuple[int, int], longest_side: int, picture_size: tuple[int, int],
@@ -204,56 +220,13 @@ def draw_scene(objects: Objects, glyphs: dict[str, Image.Image],
     return picture, boxes
 
 
-def make_annotation(folder: str, image_id: str, picture: Image.Image, objects: Objects,
-                    boxes: list[Box]) -> ET.Element:
+def make_annotation(folder: str, image_id: str, picture: Image.Image, objects: Objects, boxes: list[Box]) -> str:
     """VOC's XML of one picture."""
-    annotation = ET.Element('annotation')
-    add_fields(annotation, {
-        'folder': folder,
-        'filename': f'{image_id}.jpg',
-        'source': {'database': DATABASE, 'annotation': DATABASE, 'image': 'Noto Color Emoji'},
-        'size': {'width': picture.width, 'height': picture.height, 'depth': 3},
-        'segmented': 0,
-    })
+    text = FIELDS.format(folder, image_id, *picture.size)
     for (name, difficult), (left, top, right, bottom) in zip(objects, boxes):
-        add_fields(annotation, {'object': {
-            'name': name,
-            'pose': 'Unspecified',
-            'truncated': 0,
-            'difficult': int(difficult),
-            # VOC counts pixels from 1 and its box includes the last one: only the left and the top move
-            'bndbox': {'xmin': left + 1, 'ymin': top + 1, 'xmax': right, 'ymax': bottom},
-        }})
-    return annotation
-
-
-def add_fields(parent: ET.Element, fields: dict) -> None:
-    for tag, value in fields.items():
-        child = ET.SubElement(parent, tag)
-        if isinstance(value, dict):
-            add_fields(child, value)
-        else:
-            child.text = str(value)
-
-
-def write_xml(annotation: ET.Element, path: Path) -> None:
-    ET.indent(annotation, space='\t')
-    annotation.tail = '\n'
-    ET.ElementTree(annotation).write(path)
-
-
-def remove_old_set(root: Path) -> None:
-    """Remove the set that this script drew in `root` earlier; refuse to mix with anybody else's pictures."""
-    mark = f'<database>{DATABASE}</database>'.encode()
-    # Annotations last: should the removal be cut short, they still mark the pictures as ours
-    files = [file for pattern in ('JPEGImages/*.jpg', 'Annotations/*.xml')
-             for folder in ('VOC2007', 'VOC2012') for file in (root / folder).glob(pattern)]
-    for file in files:
-        annotation = file.parents[1] / 'Annotations' / f'{file.stem}.xml'
-        if not annotation.exists() or mark not in annotation.read_bytes():
-            fail(f'output_folder: {file} was not drawn by this script; choose another folder for the set.')
-    for file in files:
-        file.unlink()
+        # VOC counts pixels from 1 and its box includes the last one: only the left and the top move
+        text += OBJECT_FIELDS.format(name, difficult, left + 1, top + 1, right, bottom)
+    return text + '</annotation>\n'
 
 
 def main() -> None:
@@ -261,7 +234,12 @@ def main() -> None:
     glyphs = draw_glyphs()
     rng = random.Random(seed)
     root = Path(output_folder)
-    remove_old_set(root)
+    old_annotations = list(root.glob('VOC20*/Annotations/*.xml'))
+    require(all('<database>Emoji VOC' in path.read_text(encoding='utf-8') for path in old_annotations),
+            f"output_folder '{output_folder}' holds other pictures: name another folder")
+    for path in old_annotations:
+        path.unlink()
+        (path.parents[1] / 'JPEGImages' / f'{path.stem}.jpg').unlink(missing_ok=True)
 
     # As in the real VOC2007, training and test pictures share one numbering
     ids_2007 = [f'{i:06d}' for i in range(1, n_train_2007 + n_test + 1)]
@@ -281,14 +259,11 @@ def main() -> None:
     pictures = [(folder, image_id) for folder, _, ids in lists for image_id in ids]
     for (folder, image_id), objects in zip(tqdm(pictures, desc='Drawing'), contents):
         picture, boxes = draw_scene(objects, glyphs, rng)
-        # The annotation first: it marks the picture as ours, should the run be cut short between the two
-        write_xml(make_annotation(folder, image_id, picture, objects, boxes),
-                  root / folder / 'Annotations' / f'{image_id}.xml')
+        annotation = make_annotation(folder, image_id, picture, objects, boxes)
+        (root / folder / 'Annotations' / f'{image_id}.xml').write_bytes(annotation.encode())
         picture.save(root / folder / 'JPEGImages' / f'{image_id}.jpg', quality=jpeg_quality, optimize=True)
     print(f'{len(pictures)} pictures with {sum(map(len, contents))} objects are in {root}.')
 
 
 if __name__ == '__main__':
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # utils.py lies at the top of the repository
-    from utils import run_script
     run_script(sys.modules[__name__])
