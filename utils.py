@@ -304,8 +304,8 @@ def best_prior_overlaps(boxes, priors_cxcy):
     :param priors_cxcy: priors in center-size coordinates (8732, 4)
     """
     priors_xy = cxcy_to_xy(priors_cxcy)
-    # Some hundred at a time: all overlaps of VOC's 47,223 objects together would take 1.6 GB.
-    return torch.cat([find_jaccard_overlap(some, priors_xy).amax(dim=1) for some in boxes.split(500)])
+    # A hundred at a time: all overlaps of VOC's 47,223 objects together would take 1.6 GB.
+    return torch.cat([find_jaccard_overlap(some, priors_xy).amax(dim=1) for some in boxes.split(100)])
 
 
 # -------------------------------------------------------------------------------------------- transforms

@@ -112,7 +112,6 @@ def test_a_loader_gives_every_picture_once_also_from_workers(lists, workers):
             assert column[i % 3].equal(tensor) and column[i % 3].dtype == tensor.dtype
 
 
-@pytest.mark.slow
 def test_keeping_the_objects_of_many_pictures_keeps_no_files_open(lists):
     # As in evaluation: a tensor that a worker hands over as shared memory is an open file for as long as it lives.
     resource = pytest.importorskip('resource')
