@@ -1,7 +1,5 @@
-"""What trained networks gave out, written down as JSON, and the figures that are drawn from it without a network.
-
-Boxes are in fractional boundary coordinates, but in quick_start.json in pixels.
-"""
+"""What trained networks gave out, written down as JSON with boxes in fractional boundary coordinates, and the figures
+that are drawn from it without a network."""
 
 import json
 
@@ -108,8 +106,7 @@ def record_quick_start(checkpoint, picture):
     model, own_label_map = load_model(checkpoint)
     names = {number: label for label, number in own_label_map.items()}
     boxes, labels, scores = model.detect_objects(*output(model, HERE / picture), 0.2, max_overlap=0.2, top_k=4)
-    pixels = boxes[0].clamp(0, 1) * torch.tensor(picture_size(HERE / picture) * 2)
-    record['epochs'][str(load_checkpoint(checkpoint)['epoch'])] = rounded((pixels, labels[0], scores[0]), names)
+    record['epochs'][str(load_checkpoint(checkpoint)['epoch'])] = rounded((boxes[0], labels[0], scores[0]), names)
     write('quick_start', record)
 
 
@@ -143,9 +140,8 @@ def quick_start_training():
     canvas = Canvas(height=20 + -(-len(epochs) // 3) * 276)
     for i, epoch in enumerate(epochs):
         x, y = 20 + i % 3 * 232, 20 + i // 3 * 276
-        found = [{**one, 'box': fractional(one['box'], path).tolist()} for one in record['epochs'][epoch][:2]]
         canvas.text(x + 107, y + 18, f'epoch {epoch}', anchor='middle', bold=True)
-        draw_found(canvas, path, found, x, y + 30, 214)
+        draw_found(canvas, path, record['epochs'][epoch][:2], x, y + 30, 214)
     return canvas
 
 
