@@ -1,7 +1,5 @@
-"""What trained networks gave out, written down as JSON, and the figures that are drawn from it without a network.
-
-Boxes are in fractional boundary coordinates, but in quick_start.json in pixels.
-"""
+"""What trained networks gave out, written down as JSON with boxes in fractional boundary coordinates, and the figures
+that are drawn from it without a network."""
 
 import json
 
@@ -9,11 +7,11 @@ import torch
 from torch.nn import functional as F
 from torchvision.ops import nms
 
-from model import FEATURE_MAPS, MultiBoxLoss, load_model
+from model import FEATURE_MAPS, SSD300, MultiBoxLoss, load_model
 from scenes import BOATS, HERE, Scene, boats_objects, fractional, network
 from svg import AMBER, BLUE, CHIP_HEIGHT, GREEN, GREY, LINE_HEIGHT, PURPLE, RED, Canvas, chip_width, tint
-from utils import (cxcy_to_xy, find_jaccard_overlap, load_checkpoint, look_through, picture_size, read_image,
-                   replaced_file)
+from utils import (cxcy_to_xy, find_jaccard_overlap, label_map, load_checkpoint, look_through, picture_size, read_image,
+                   replaced_file, require)
 
 FOLDER = HERE / 'recorded'
 PHOTOS = sorted(path.name for path in (HERE / 'photos').glob('*.jpg') if path.name != 'dogs_and_cat.jpg')
@@ -51,8 +49,8 @@ def rounded(found, names):
 def record_photos(checkpoint, candidates_in):
     """What a trained network finds in all photographs; in one of them also its candidates before non-maximum
     suppression, and its best class's scores on all six feature maps."""
-    model, label_map = load_model(checkpoint)
-    names = {number: label for label, number in label_map.items()}
+    model, own_label_map = load_model(checkpoint)
+    names = {number: label for label, number in own_label_map.items()}
     record = {'epoch': load_checkpoint(checkpoint)['epoch'], 'detections': {}, 'candidates_in': candidates_in}
     for name in PHOTOS:
         found = model.detect_objects(*output(model, HERE / 'photos' / name), min_score=0.2, max_overlap=0.45, top_k=20)
@@ -77,9 +75,10 @@ def record_hard_negatives(checkpoint):
     most; without a checkpoint, an untrained one."""
     if checkpoint is None:
         torch.manual_seed(0)
-        model, epoch = type(network())(n_classes=network().n_classes), 0
+        model, epoch = SSD300(n_classes=len(label_map)), 0
     else:
-        model, epoch = load_model(checkpoint)[0], load_checkpoint(checkpoint)['epoch']
+        (model, own_label_map), epoch = load_model(checkpoint), load_checkpoint(checkpoint)['epoch']
+        require(own_label_map == label_map, f"record_hard_negatives needs VOC's classes: '{checkpoint}' has others")
     boxes, labels = boats_objects()
     criterion = MultiBoxLoss(model.priors_cxcy)
     locs, scores = output(model, BOATS)
@@ -104,11 +103,10 @@ def record_quick_start(checkpoint, picture):
     record = read('quick_start') or {}
     if record.get('picture') != picture:
         record = {'picture': picture, 'epochs': {}}
-    model, label_map = load_model(checkpoint)
-    names = {number: label for label, number in label_map.items()}
+    model, own_label_map = load_model(checkpoint)
+    names = {number: label for label, number in own_label_map.items()}
     boxes, labels, scores = model.detect_objects(*output(model, HERE / picture), 0.2, max_overlap=0.2, top_k=4)
-    pixels = boxes[0].clamp(0, 1) * torch.tensor(picture_size(HERE / picture) * 2)
-    record['epochs'][str(load_checkpoint(checkpoint)['epoch'])] = rounded((pixels, labels[0], scores[0]), names)
+    record['epochs'][str(load_checkpoint(checkpoint)['epoch'])] = rounded((boxes[0], labels[0], scores[0]), names)
     write('quick_start', record)
 
 
@@ -142,9 +140,8 @@ def quick_start_training():
     canvas = Canvas(height=20 + -(-len(epochs) // 3) * 276)
     for i, epoch in enumerate(epochs):
         x, y = 20 + i % 3 * 232, 20 + i // 3 * 276
-        found = [{**one, 'box': fractional(one['box'], path).tolist()} for one in record['epochs'][epoch][:2]]
         canvas.text(x + 107, y + 18, f'epoch {epoch}', anchor='middle', bold=True)
-        draw_found(canvas, path, found, x, y + 30, 214)
+        draw_found(canvas, path, record['epochs'][epoch][:2], x, y + 30, 214)
     return canvas
 
 

@@ -72,21 +72,19 @@ def network():
     return SSD300(n_classes=len(label_map))
 
 
+MAPS = {feature_map.name: feature_map for feature_map in FEATURE_MAPS}
+
+
 def prior(name, row, column, kind):
     """The number, among the 8732, of a prior of a feature map."""
-    number = 0
-    for feature_map in FEATURE_MAPS:
-        if feature_map.name == name:
-            return number + (row * feature_map.grid + column) * feature_map.n_priors + kind
-        number += feature_map.grid ** 2 * feature_map.n_priors
-    raise ValueError(name)
+    below = sum(feature_map.grid ** 2 * feature_map.n_priors for feature_map in FEATURE_MAPS[:[*MAPS].index(name)])
+    return below + (row * MAPS[name].grid + column) * MAPS[name].n_priors + kind
 
 
 def priors_at(name, row, column):
     """All priors of one tile of a feature map, center-size coordinates (n_priors, 4)."""
     first = prior(name, row, column, 0)
-    n_priors = next(feature_map.n_priors for feature_map in FEATURE_MAPS if feature_map.name == name)
-    return network().priors_cxcy[first:first + n_priors]
+    return network().priors_cxcy[first:first + MAPS[name].n_priors]
 
 
 def fractional(boxes, path):
@@ -268,16 +266,19 @@ def draw_grid(scene, size, tile):
 def priors_neighbors():
     """The same six priors on two other tiles of conv9_2; some overshoot the picture."""
     canvas = Canvas(height=450)
-    priors_xy = cxcy_to_xy(network().priors_cxcy)
-    overshoot = ((priors_xy < 0) | (priors_xy > 1)).any(dim=1)
+
+    def overshooting(xy):
+        return ((xy < 0) | (xy > 1)).any(dim=1).sum().item()
+
     for (row, column), x in zip([(2, 3), (0, 0)], (60, 452)):
         scene = Scene(canvas, BOATS, x, 106, 230, 230, faded=True)
         draw_grid(scene, 5, tile=(row, column))
-        first = prior('conv9_2', row, column, 0)
-        scene.boxes(priors_xy[first:first + 6], RED)
-        canvas.text(x + 115, 366, f'row {row}, column {column}:\n{overshoot[first:first + 6].sum()} of 6 overshoot',
-                    anchor='middle', bold=True)
-    canvas.text(360, 430, f'{overshoot.sum()} of all {len(overshoot)} priors overshoot an edge, and are left so',
+        boxes = cxcy_to_xy(priors_at('conv9_2', row, column))
+        scene.boxes(boxes, RED)
+        canvas.text(x + 115, 366, f'row {row}, column {column}:\n{overshooting(boxes)} of 6 overshoot', anchor='middle',
+                    bold=True)
+    all_priors = cxcy_to_xy(network().priors_cxcy)
+    canvas.text(360, 430, f'{overshooting(all_priors)} of all {len(all_priors)} priors overshoot an edge, and stay so',
                 anchor='middle')
     return canvas
 
@@ -312,7 +313,7 @@ def offsets_from_prior():
     for i, ((name, formula, numbers), offset) in enumerate(zip(lines, offsets)):
         y = 346 + i * 36
         canvas.text(20, y, name, BLUE, bold=True)
-        canvas.text(76, y, f'= {formula}')
+        canvas.text(84, y, f'= {formula}')
         canvas.text(330, y, f'= {numbers}')
         canvas.text(700, y, f'= {signed(offset)}', BLUE, 'end', bold=True)
     return canvas
@@ -346,12 +347,11 @@ def receptive_field():
     fields = receptive_fields()
     for (name, tile), x in zip([('conv4_3', 19), ('conv7', 9)], (60, 444)):
         scene = Scene(canvas, BOATS, x, 98, 200, 200, faded=True)
-        grid = next(feature_map.grid for feature_map in FEATURE_MAPS if feature_map.name == name)
         priors = priors_at(name, tile, tile)
         center, around = priors[0, :2].repeat(2), torch.tensor([-0.5, -0.5, 0.5, 0.5])
         scene.box((center + around * fields[name] / IMAGE_SIZE).tolist(), BLUE)
         scene.boxes(cxcy_to_xy(priors), RED)
-        scene.box((center + around * 3 / grid).tolist(), AMBER)
+        scene.box((center + around * 3 / MAPS[name].grid).tolist(), AMBER)
         canvas.text(x + 100, 34, name, anchor='middle', title=True)
 
     rows = [['map', '3×3 kernel', 'largest prior', 'receptive field', 'as a fraction']]

@@ -1,5 +1,4 @@
-r"""
-Draws Emoji VOC, a small sample dataset in Pascal VOC's own layout: scenes of one to four emoji on soft
+r"""Draws Emoji VOC, a small sample dataset in Pascal VOC's own layout: scenes of one to four emoji on soft
 backgrounds, with one emoji for each of VOC's twenty classes.
 
 Draw the set that lies beside this script again:
@@ -58,6 +57,7 @@ EMOJI = {'aeroplane': '✈', 'bicycle': '🚲', 'bird': '🐦', 'boat': '⛵', '
          'cat': '🐈', 'chair': '🪑', 'cow': '🐄', 'diningtable': '🍽', 'dog': '🐕', 'horse': '🐎', 'motorbike': '🏍',
          'person': '🧍', 'pottedplant': '🪴', 'sheep': '🐑', 'sofa': '🛋', 'train': '🚆', 'tvmonitor': '📺'}
 Objects = list[tuple[str, bool]]  # what is in a picture: class and whether it is difficult
+Size, Glyphs = tuple[int, int], dict[str, Image.Image]
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels from 0, the last two exclusive
 FIELDS = """\
 <annotation>
@@ -103,14 +103,14 @@ def check_settings() -> None:
             f'min_size and max_size must rise from {MIN_GLYPH} to the shortest side of a picture, {shortest_side}')
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> Size:
     """'500x375' -> (500, 375), width and height."""
     width, _, height = text.partition('x')
     require(width.isdecimal() and height.isdecimal(), f"picture_sizes must be like 500x375, not '{text}'")
     return int(width), int(height)
 
 
-def draw_glyphs() -> dict[str, Image.Image]:
+def draw_glyphs() -> Glyphs:
     """Each class's emoji, RGBA on transparent ground, cropped to what is visible."""
     try:
         emoji_font = ImageFont.truetype(font, font_size)
@@ -135,8 +135,7 @@ def tight_box(image: Image.Image) -> Box | None:
 
 
 def deal_objects(n_pictures: int, rng: random.Random) -> list[Objects]:
-    """
-    Decide what is in each picture.
+    """Decides what is in each picture.
 
     The classes take turns, in a new order each round, so each occurs if the pictures have room for all.
     Difficult objects come from later rounds only: their class has been dealt as a normal object before.
@@ -156,9 +155,8 @@ def deal_objects(n_pictures: int, rng: random.Random) -> list[Objects]:
     return [[objects.pop() for _ in range(count)] for count in counts]
 
 
-def arrange(objects: Objects, glyphs: dict[str, Image.Image], picture_size: tuple[int, int],
-            rng: random.Random) -> list[Box]:
-    """Choose a place and a size for each object, at random."""
+def arrange(objects: Objects, glyphs: Glyphs, picture_size: Size, rng: random.Random) -> list[Box]:
+    """Chooses a place and a size for each object, at random."""
     for attempt in range(MAX_TRIES):
         # Crowded pictures need smaller objects: the limit falls with each attempt
         limit = max_size - (max_size - min_size) * attempt // MAX_TRIES
@@ -172,8 +170,7 @@ def arrange(objects: Objects, glyphs: dict[str, Image.Image], picture_size: tupl
                      f'{picture_size[0]}x{picture_size[1]}: lower min_size or max_objects')
 
 
-def place(glyph_size: tuple[int, int], longest_side: int, picture_size: tuple[int, int],
-          rng: random.Random) -> Box:
+def place(glyph_size: Size, longest_side: int, picture_size: Size, rng: random.Random) -> Box:
     scale = longest_side / max(glyph_size)
     width, height = (max(1, round(side * scale)) for side in glyph_size)
     left = rng.randint(0, picture_size[0] - width)
@@ -189,7 +186,7 @@ def hidden_share(a: Box, b: Box) -> float:
     return max(0, width) * max(0, height) / smaller_area
 
 
-def draw_background(picture_size: tuple[int, int], rng: random.Random) -> Image.Image:
+def draw_background(picture_size: Size, rng: random.Random) -> Image.Image:
     """Four soft colors, one in each corner, that melt into one another, with noise on top."""
     corners = Image.new('RGB', (2, 2))
     base = [rng.randint(130, 215) for _ in range(3)]
@@ -204,8 +201,7 @@ def draw_background(picture_size: tuple[int, int], rng: random.Random) -> Image.
     return ImageChops.add(gradient, grain, offset=-noise)
 
 
-def draw_scene(objects: Objects, glyphs: dict[str, Image.Image],
-               rng: random.Random) -> tuple[Image.Image, list[Box]]:
+def draw_scene(objects: Objects, glyphs: Glyphs, rng: random.Random) -> tuple[Image.Image, list[Box]]:
     """A picture of the objects, and the tight box of each."""
     picture_size = parse_size(rng.choice(picture_sizes))
     picture = draw_background(picture_size, rng)
