@@ -107,6 +107,11 @@ def test_pictures_of_any_size_work_with_and_without_an_object(size, split):
             assert (pixels != 0).any()  # something of the picture is to be seen, however thin it is
 
 
+def test_what_is_smaller_than_an_output_pixel_is_still_to_be_seen():
+    image = look_through(Image.new('RGB', (10, 10), 'red'), (-500, -500, 10_500, 10_500))
+    assert (image != 0).any(dim=0).sum() == 1
+
+
 def test_a_box_as_thin_as_the_data_lists_let_through_keeps_its_area(monkeypatch):
     monkeypatch.setattr(utils, 'look_through', lambda *_, **__: None)
     seed(0)
