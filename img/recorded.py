@@ -10,7 +10,7 @@ from torchvision.ops import nms
 from model import FEATURE_MAPS, SSD300, MultiBoxLoss, load_model
 from scenes import BOATS, HERE, Scene, boats_objects, fractional, network
 from svg import AMBER, BLUE, CHIP_HEIGHT, GREEN, GREY, LINE_HEIGHT, PURPLE, RED, Canvas, chip_width, tint
-from utils import (cxcy_to_xy, find_jaccard_overlap, label_map, load_checkpoint, look_through, picture_size, read_image,
+from utils import (find_jaccard_overlap, label_map, load_checkpoint, look_through, picture_size, read_image,
                    replaced_file, require)
 
 FOLDER = HERE / 'recorded'
@@ -92,9 +92,9 @@ def record_hard_negatives(checkpoint):
     criterion(locs, scores, [boxes], [labels])
     total = (losses[classes > 0].sum() + ranked[:n_hard].sum()) / n_positives
     torch.testing.assert_close(criterion.parts[0], total)
-    write('hard_negatives', {'epoch': epoch, 'positive': (classes > 0).nonzero().flatten().tolist(),
-                             'hard': order[:n_hard].tolist(),
-                             'losses': [round(loss, 2) for loss in ranked[:n_hard].tolist()]})
+    write('hard_negatives', {'epoch': epoch, 'hard': order[:n_hard].tolist(),
+                             'highest_loss': round(ranked[0].item(), 2),
+                             'lowest_loss': round(ranked[n_hard - 1].item(), 2)})
 
 
 def record_quick_start(checkpoint, picture):
@@ -193,21 +193,21 @@ def score_maps():
 
 def hard_negatives():
     """The objects, the positive priors, and the negative ones with the highest confidence losses."""
-    record = read('hard_negatives')
-    priors = cxcy_to_xy(network().priors_cxcy).clamp(0, 1)
-    n_hard, losses = len(record['hard']), record['losses']
+    record, (boxes, labels) = read('hard_negatives'), boats_objects()
+    criterion = MultiBoxLoss(network().priors_cxcy)
+    positive = criterion.match([boxes], [labels])[1][0] > 0  # (8732)
+    priors = criterion.priors_xy.clamp(0, 1)
     canvas = Canvas(height=304)
-    panels = ((boats_objects()[0], PURPLE, f'{len(boats_objects()[0])} objects'),
-              (priors[record['positive']], GREEN, f'{len(record["positive"])} positive priors'),
-              (priors[record['hard']], GREY, f'{n_hard} hard negatives'))
+    panels = ((boxes, PURPLE, f'{len(boxes)} objects'), (priors[positive], GREEN, f'{positive.sum()} positive priors'),
+              (priors[record['hard']], GREY, f'{len(record["hard"])} hard negatives'))
     for i, (boxes, color, text) in enumerate(panels):
         x = 20 + i * 232
         scene = Scene(canvas, BOATS, x, 20, 214, faded=i > 0)
         scene.boxes(boxes, color, thin=i > 0)
         canvas.text(x + 107, 220, text, color, 'middle', bold=True)
     trained = f'after {record["epoch"]} epochs' if record['epoch'] else 'before training'
-    canvas.text(360, 258, f'By the scores of the network {trained}:\n'
-                f'the losses of its hard negatives fall from {losses[0]:.1f} to {losses[-1]:.1f}', anchor='middle')
+    canvas.text(360, 258, f'By the scores of the network {trained}: the losses\nof its hard negatives fall from '
+                f'{record["highest_loss"]:.1f} to {record["lowest_loss"]:.1f}', anchor='middle')
     return canvas
 
 
