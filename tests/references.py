@@ -67,20 +67,20 @@ def smooth_l1(difference):
 def multibox_loss(priors_cxcy, locs, scores, boxes, labels, threshold=0.5, neg_pos_ratio=3, localization=smooth_l1):
     """The parts of SSD's loss for a batch: confidence, localization. All arguments have one list per image."""
     priors = [(c_x - w / 2, c_y - h / 2, c_x + w / 2, c_y + h / 2) for c_x, c_y, w, h in priors_cxcy]
-    confidence = localization = n_positives = 0
+    confidence = of_boxes = n_positives = 0
     for image in range(len(locs)):
         objects = match(priors, boxes[image], threshold)
         positives = [i for i in range(len(priors)) if objects[i] is not None]
         for i in positives:
             true = offsets(boxes[image][objects[i]], priors_cxcy[i])
-            localization += sum(localization(value - t) for value, t in zip(locs[image][i], true))
+            of_boxes += sum(localization(value - t) for value, t in zip(locs[image][i], true))
             confidence += cross_entropy(scores[image][i], labels[image][objects[i]])
         negatives = [cross_entropy(scores[image][i], 0) for i in range(len(priors)) if objects[i] is None]
         confidence += sum(sorted(negatives, reverse=True)[:neg_pos_ratio * len(positives)])
         n_positives += len(positives)
     if n_positives == 0:
         return 0.0, 0.0
-    return confidence / n_positives, localization / (4 * n_positives)
+    return confidence / n_positives, of_boxes / (4 * n_positives)
 
 
 def precision_recall(detections, objects, is_enough=lambda highest: highest > 0.5, overlap=iou):
