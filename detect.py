@@ -19,7 +19,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from model import load_coco_model, load_model
-from utils import (PRECISIONS, InputError, autocast, look_through, make_folder, make_label_colors, read_image,
+from utils import (InputError, autocast, check_precision, look_through, make_folder, make_label_colors, read_image,
                    replaced_file, require, run_script)
 
 # Each annotated constant is a setting: `--min_score 0.4` on the command line changes it for one run.
@@ -187,7 +187,7 @@ def check_settings():
     require(0 <= min_score < 1, f'min_score must be at least 0 and less than 1, not {min_score}')
     require(0 <= max_overlap <= 1, f'max_overlap must be between 0 and 1, not {max_overlap}')
     require(top_k >= 1, f'top_k must be at least 1, not {top_k}')
-    require(precision in PRECISIONS, f"precision must be one of {', '.join(PRECISIONS)}, not '{precision}'")
+    check_precision(precision)
 
 
 if __name__ == '__main__':

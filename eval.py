@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from datasets import PascalVOCDataset
 from model import load_model
-from utils import (PRECISIONS, Plot, area_under_curve, autocast, average_precision, calculate_mAP, check_label_map,
+from utils import (Plot, area_under_curve, autocast, average_precision, calculate_mAP, check_label_map, check_precision,
                    draw_plots, ignore_ctrl_c, join_processes, label_map, make_folder, make_label_colors,
                    mean_of_classes, picture_size, rank_detections, replaced_file, require, run_script,
                    several_processes, warn_about_workers)
@@ -191,7 +191,7 @@ def check_settings():
     require(batch_size >= 1, f'batch_size must be at least 1, not {batch_size}')
     require(0 <= report_threshold <= 1, f'report_threshold must be between 0 and 1, not {report_threshold}')
     warn_about_workers(workers)
-    require(precision in PRECISIONS, f"precision must be one of {', '.join(PRECISIONS)}, not '{precision}'")
+    check_precision(precision)
 
 
 if __name__ == '__main__':

@@ -29,9 +29,9 @@ from tqdm import tqdm
 from datasets import PascalVOCDataset
 from eval import evaluate, make_test_loader
 from model import SSD300, MultiBoxLoss, load_weights, start_from_checkpoint
-from utils import (PRECISIONS, DelayedCtrlC, InputError, Plot, autocast, check_label_map, current_settings, draw_plots,
-                   ignore_ctrl_c, join_processes, load_checkpoint, make_folder, replaced_file, require, run_script,
-                   save_checkpoint, warn_about_workers)
+from utils import (DelayedCtrlC, InputError, Plot, autocast, check_label_map, check_precision, current_settings,
+                   draw_plots, ignore_ctrl_c, join_processes, load_checkpoint, make_folder, replaced_file, require,
+                   run_script, save_checkpoint, warn_about_workers)
 
 # Each annotated constant is a setting: `--batch_size 4` on the command line changes it for one run.
 
@@ -400,6 +400,7 @@ def check_settings():
     require(not (checkpoint and finetune), 'set checkpoint to go on with a run, or finetune for a new one, not both')
     require(not freeze or pretrained or finetune or checkpoint,
             'freeze would keep random weights as they are: set pretrained, finetune or checkpoint')
+    check_precision(precision)
     for name, value, right, range_text in (
             ('batch_size', batch_size, batch_size >= 1, 'at least 1'),
             ('epochs', epochs, epochs >= 1, 'at least 1'),
@@ -414,7 +415,6 @@ def check_settings():
             ('weight_decay', weight_decay, 0 <= weight_decay < math.inf, '0 or more'),
             ('grad_clip', grad_clip, grad_clip is None or grad_clip > 0, 'None or greater than 0'),
             ('localization', localization, localization in ('smooth_l1', 'l1'), "'smooth_l1' or 'l1'"),
-            ('precision', precision, precision in PRECISIONS, f'one of {", ".join(PRECISIONS)}'),
             ('seed', seed, 0 <= seed < 2 ** 32, 'between 0 and 2³² − 1'),
             ('eval_every', eval_every, eval_every is None or eval_every >= 1, 'None or at least 1 epoch')):
         require(right, f'{name} must be {range_text}, not {value}')

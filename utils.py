@@ -821,10 +821,15 @@ def current_settings(script) -> dict:
 PRECISIONS = ('float32', 'bfloat16', 'auto')
 
 
+def check_precision(precision):
+    """Raises InputError for a precision that `autocast` doesn't know."""
+    require(precision in PRECISIONS, f"precision must be one of {', '.join(PRECISIONS)}, not '{precision}'")
+
+
 def autocast(device, precision):
     """The context in which a network runs in 'float32'; in 'bfloat16' where that is safe (mixed precision);
     or, with 'auto', in bfloat16 if the device computes in it."""
-    require(precision in PRECISIONS, f"precision must be one of {', '.join(PRECISIONS)}, not '{precision}'")
+    check_precision(precision)
     enabled = precision == 'bfloat16' or (precision == 'auto' and computes_in_bfloat16(device))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
