@@ -18,7 +18,8 @@ import torch
 from torchvision.datasets import VOCDetection
 
 from model import SSD300
-from utils import InputError, best_prior_overlaps, create_data_lists, make_folder, run_script, voc_labels
+from utils import (InputError, create_data_lists, cxcy_to_xy, find_jaccard_overlap, make_folder, run_script,
+                   voc_labels)
 
 # Each annotated constant is a setting: `--skip_empty` on the command line changes it for one run.
 
@@ -66,6 +67,17 @@ def coverage(boxes, box_labels, label_names, priors_cxcy) -> dict[str, tuple]:
     return rows
 
 
+def best_prior_overlaps(boxes, priors_cxcy):
+    """For each object, its largest Jaccard overlap with any prior (n).
+
+    :param boxes: objects in fractional boundary coordinates (n, 4), as they come to the network: resized to a square
+    :param priors_cxcy: priors in center-size coordinates (8732, 4)
+    """
+    priors_xy = cxcy_to_xy(priors_cxcy)
+    # A hundred at a time: all overlaps of VOC's 47,223 objects together would take 1.6 GB.
+    return torch.cat([find_jaccard_overlap(some, priors_xy).amax(dim=1) for some in boxes.split(100)])
+
+
 def print_coverage(rows):
     """Prints what `coverage` returns as a table, and advice on classes of which too few objects are found."""
     print(f'\n{"training objects":<20}{"number":>8}{"prior ≥ 0.5":>13}{"median best":>13}{"too small":>11}')
@@ -82,7 +94,7 @@ def print_coverage(rows):
 def main():
     paths = download_voc(download_folder) if download else (voc07_path, voc12_path)
     objects = create_data_lists(*paths, output_folder, labels, skip_empty)
-    print_coverage(coverage(*objects, labels, SSD300.create_prior_boxes(None)))
+    print_coverage(coverage(*objects, labels, SSD300.create_prior_boxes()))
 
 
 if __name__ == '__main__':

@@ -12,20 +12,22 @@ import json
 import math
 import os
 import sys
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import distributed
 from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
 
 from datasets import PascalVOCDataset
 from model import load_model
-from utils import (Plot, area_under_curve, autocast, average_precision, calculate_mAP, check_label_map, check_precision,
-                   draw_plots, ignore_ctrl_c, join_processes, label_map, make_folder, make_label_colors,
-                   mean_of_classes, picture_size, rank_detections, replaced_file, require, run_script,
-                   several_processes, warn_about_workers)
+from utils import (area_under_curve, autocast, average_precision, calculate_mAP, check_label_map, check_precision,
+                   ignore_ctrl_c, join_processes, label_map, make_folder, make_label_colors, mean_of_classes,
+                   picture_size, rank_detections, replaced_file, require, run_script, several_processes)
 
 data_folder: str = 'data'  # where create_data_lists.py put the data lists
 checkpoint: str = 'checkpoint_ssd300.pth'  # the trained network, a file that train.py wrote
@@ -190,8 +192,77 @@ def write_results(results, dataset, folder):
 def check_settings():
     require(batch_size >= 1, f'batch_size must be at least 1, not {batch_size}')
     require(0 <= report_threshold <= 1, f'report_threshold must be between 0 and 1, not {report_threshold}')
-    warn_about_workers(workers)
+    require(workers >= 0, f'workers must be 0 or more, not {workers}')
     check_precision(precision)
+
+
+# ------------------------------------------------------------------------------------------- curves
+
+class Plot(NamedTuple):
+    """A small line chart. A range is (lowest, highest); None: from 0 to what the lines need."""
+    title: str
+    lines: list  # of (name or None, color, [(x, y), …])
+    x_range: tuple[float, float] | None = None
+    y_range: tuple[float, float] | None = None
+
+
+def draw_plots(plots) -> Image.Image:
+    """One picture of several plots, side by side and in rows."""
+    # Everything is drawn at twice its size and then reduced, which smooths the lines.
+    width, height, left, top, right, bottom = 520, 360, 116, 60, 44, 60  # of a plot, and the space around it
+    columns = math.ceil(math.sqrt(len(plots)))
+    rows = math.ceil(len(plots) / columns)
+    image = Image.new('RGB', (columns * (left + width + right), rows * (top + height + bottom)), 'white')
+    for i, plot in enumerate(plots):
+        row, column = divmod(i, columns)
+        corner = column * (left + width + right) + left, row * (top + height + bottom) + top
+        draw_plot(ImageDraw.Draw(image), plot, *corner, width, height)
+    return image.reduce(2)
+
+
+def draw_plot(draw, plot, left, top, width, height):
+    """Draws one plot whose axes enclose the given rectangle. Points whose y is nan are left out; a line of
+    few points shows each as a dot."""
+    lines = [(name, color, [(x, y) for x, y in points if math.isfinite(y)]) for name, color, points in plot.lines]
+    x_low, x_high = plot.x_range or range_from_zero(x for _, _, points in lines for x, _ in points)
+    y_low, y_high = plot.y_range or range_from_zero(y for _, _, points in lines for _, y in points)
+
+    def place(x, y):
+        return left + width * (x - x_low) / (x_high - x_low), top + height * (y_high - y) / (y_high - y_low)
+
+    text = partial(draw.text, font=ImageFont.load_default(size=28))
+    text((left, top - 16), plot.title, fill='black', anchor='ls')
+    for tick in round_ticks(x_low, x_high):
+        x, _ = place(tick, y_low)
+        draw.line((x, top, x, top + height), fill='lightgray', width=2)
+        text((x, top + height + 10), f'{tick:g}', fill='black', anchor='mt')
+    for tick in round_ticks(y_low, y_high):
+        _, y = place(x_low, tick)
+        draw.line((left, y, left + width, y), fill='lightgray', width=2)
+        text((left - 12, y), f'{tick:g}', fill='black', anchor='rm')
+    draw.line((left, top, left, top + height, left + width, top + height), fill='gray', width=2)
+
+    for i, (name, color, points) in enumerate(lines):
+        places = [place(*point) for point in points]
+        draw.line(places, fill=color, width=5)
+        for x, y in places if len(places) <= 30 else ():
+            draw.ellipse((x - 7, y - 7, x + 7, y + 7), fill=color)
+        if name:
+            text((left + width - 10, top + 10 + 36 * i), name, fill=color, anchor='ra', stroke_width=4,
+                 stroke_fill='white')
+
+
+def range_from_zero(values) -> tuple[float, float]:
+    """The range of an axis that shows 0 and all values."""
+    values = [0, *values]
+    return (min(values), max(values)) if any(values) else (0, 1)
+
+
+def round_ticks(low, high) -> list[float]:
+    """At most six round numbers from low to high: multiples of 1, 2 or 5 times a power of ten."""
+    power = 10 ** math.floor(math.log10((high - low) / 5))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power * 5.001 > high - low)
+    return [n * step for n in range(math.ceil(low / step - 0.001), math.floor(high / step + 0.001) + 1)]
 
 
 if __name__ == '__main__':

@@ -248,7 +248,8 @@ class SSD300(nn.Module):
         rescaled = F.normalize(conv4_3.float(), dim=1) * self.rescale_factors  # (N, 512, 38, 38)
         return self.pred_convs(rescaled, conv7, *self.aux_convs(conv7))
 
-    def create_prior_boxes(self):
+    @staticmethod
+    def create_prior_boxes():
         """The 8732 priors in fractional center-size coordinates (8732, 4) (paper, section 2.2): map by
         map, row by row, position by position; at each position the ratio 1, the extra prior, then the
         other ratios."""

@@ -27,11 +27,11 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 from tqdm import tqdm
 
 from datasets import PascalVOCDataset
-from eval import evaluate, make_test_loader
+from eval import Plot, draw_plots, evaluate, make_test_loader
 from model import SSD300, MultiBoxLoss, load_weights, start_from_checkpoint
-from utils import (DelayedCtrlC, InputError, Plot, autocast, check_label_map, check_precision, current_settings,
-                   draw_plots, ignore_ctrl_c, join_processes, load_checkpoint, make_folder, replaced_file, require,
-                   run_script, save_checkpoint, warn_about_workers)
+from utils import (DelayedCtrlC, InputError, autocast, check_label_map, check_precision, current_settings,
+                   ignore_ctrl_c, join_processes, load_checkpoint, make_folder, replaced_file, require, run_script,
+                   save_checkpoint)
 
 # Each annotated constant is a setting: `--batch_size 4` on the command line changes it for one run.
 
@@ -396,7 +396,7 @@ def read_log(path, last_epoch):
 
 
 def check_settings():
-    warn_about_workers(workers)
+    require(workers >= 0, f'workers must be 0 or more, not {workers}')
     require(not (checkpoint and finetune), 'set checkpoint to go on with a run, or finetune for a new one, not both')
     require(not freeze or pretrained or finetune or checkpoint,
             'freeze would keep random weights as they are: set pretrained, finetune or checkpoint')

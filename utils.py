@@ -1,7 +1,6 @@
 """What the scripts share besides the network: the code of SSD that works on boxes, pictures and files.
 
-Chapters, in reading order: labels · boxes · data lists · transforms · evaluation · curves · checkpoints · script
-settings.
+Chapters, in reading order: labels · boxes · data lists · transforms · evaluation · checkpoints · script settings.
 
 Three forms of a box occur, always as the last dimension (of size 4) of a tensor:
 
@@ -35,7 +34,7 @@ from xml.etree import ElementTree
 
 import torch
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from torch import distributed
 from tqdm import tqdm
 
@@ -295,17 +294,6 @@ def write_data_lists(output_folder, label_map, **pictures):
             file.write(json.dumps(content).encode())
             file.flush()
     print(f"The data lists are in '{Path(output_folder).resolve()}'")
-
-
-def best_prior_overlaps(boxes, priors_cxcy):
-    """For each object, its largest Jaccard overlap with any prior (n).
-
-    :param boxes: objects in fractional boundary coordinates (n, 4), as they come to the network: resized to a square
-    :param priors_cxcy: priors in center-size coordinates (8732, 4)
-    """
-    priors_xy = cxcy_to_xy(priors_cxcy)
-    # A hundred at a time: all overlaps of VOC's 47,223 objects together would take 1.6 GB.
-    return torch.cat([find_jaccard_overlap(some, priors_xy).amax(dim=1) for some in boxes.split(100)])
 
 
 # -------------------------------------------------------------------------------------------- transforms
@@ -578,82 +566,6 @@ def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, tr
     return average_precisions, mean_of_classes(average_precisions.values())
 
 
-# ------------------------------------------------------------------------------------------------ curves
-
-class Plot(typing.NamedTuple):
-    """A small line chart. A range is (lowest, highest); None: from 0 to what the lines need."""
-    title: str
-    lines: list  # of (name or None, color, [(x, y), …])
-    x_range: tuple[float, float] | None = None
-    y_range: tuple[float, float] | None = None
-
-
-def draw_plots(plots) -> Image.Image:
-    """One picture of several plots, side by side and in rows. Points without a finite value (nan or None) are
-    left out, those outside of a given range are moved to its edge. Lines of few points show each as a dot."""
-    # Everything is drawn at twice its size and then reduced, which smooths the lines.
-    width, height, left, top, right, bottom = 520, 360, 116, 60, 44, 60  # of a plot, and the space around it
-    columns = math.ceil(math.sqrt(len(plots)))
-    rows = math.ceil(len(plots) / columns)
-    image = Image.new('RGB', (columns * (left + width + right), rows * (top + height + bottom)), 'white')
-    for i, plot in enumerate(plots):
-        corner = i % columns * (left + width + right) + left, i // columns * (top + height + bottom) + top
-        draw_plot(ImageDraw.Draw(image), plot, *corner, width, height)
-    return image.reduce(2)
-
-
-def draw_plot(draw, plot, left, top, width, height):
-    """Draws one plot whose axes enclose the given rectangle."""
-    font = ImageFont.load_default(size=28)
-    lines = [(name, color, [(x, y) for x, y in points if None not in (x, y) and math.isfinite(x) and math.isfinite(y)])
-             for name, color, points in plot.lines]
-    x_low, x_high = plot.x_range or range_from_zero(x for _, _, points in lines for x, _ in points)
-    y_low, y_high = plot.y_range or range_from_zero(y for _, _, points in lines for _, y in points)
-
-    def place(x, y):
-        x, y = min(max(x, x_low), x_high), min(max(y, y_low), y_high)
-        return left + width * (x - x_low) / (x_high - x_low), top + height * (y_high - y) / (y_high - y_low)
-
-    draw.text((left, top - 16), plot.title, font=font, fill='black', anchor='ls')
-    for tick in round_ticks(x_low, x_high):
-        x, _ = place(tick, y_low)
-        draw.line((x, top, x, top + height), fill='lightgray', width=2)
-        draw.text((x, top + height + 10), f'{tick:g}', font=font, fill='black', anchor='mt')
-    for tick in round_ticks(y_low, y_high):
-        _, y = place(x_low, tick)
-        draw.line((left, y, left + width, y), fill='lightgray', width=2)
-        draw.text((left - 12, y), f'{tick:g}', font=font, fill='black', anchor='rm')
-    draw.line((left, top, left, top + height, left + width, top + height), fill='gray', width=2)
-
-    names = [(name, color) for name, color, _ in lines if name]
-    text_left = left + width - 12 - max((font.getlength(name) for name, _ in names), default=0)
-    if names:
-        draw.rectangle((text_left - 56, top + 4, left + width, top + 12 + 36 * len(names)), fill='white')
-    for i, (name, color) in enumerate(names):
-        y = top + 26 + 36 * i
-        draw.line((text_left - 48, y, text_left - 12, y), fill=color, width=8)
-        draw.text((text_left, y), name, font=font, fill='black', anchor='lm')
-
-    for _, color, points in lines:
-        places = [place(x, y) for x, y in points]
-        draw.line(places, fill=color, width=5)
-        for x, y in places if len(places) <= 30 else ():
-            draw.ellipse((x - 7, y - 7, x + 7, y + 7), fill=color)
-
-
-def range_from_zero(values) -> tuple[float, float]:
-    """The range of an axis that shows 0 and all values."""
-    values = [0, *values]
-    return (min(values), max(values)) if any(values) else (0, 1)
-
-
-def round_ticks(low, high) -> list[float]:
-    """At most six round numbers from low to high: multiples of 1, 2 or 5 times a power of ten."""
-    power = 10 ** math.floor(math.log10((high - low) / 5))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power * 5.001 > high - low)
-    return [n * step for n in range(math.ceil(low / step - 0.001), math.floor(high / step + 0.001) + 1)]
-
-
 # ------------------------------------------------------------------------------------------- checkpoints
 
 def make_folder(path):
@@ -802,14 +714,6 @@ def require(condition, message):
     """Raises InputError with the message unless the condition holds."""
     if not condition:
         raise InputError(message)
-
-
-def warn_about_workers(workers):
-    """Raises InputError for a negative number of worker processes; warns of far more of them than CPU cores."""
-    require(workers >= 0, f'workers must be 0 or more, not {workers}')
-    cores = os.cpu_count() or 1
-    if workers > 2 * cores:
-        warnings.warn(f'{workers} workers on {cores} CPU cores take memory and are no faster: try --workers {cores}')
 
 
 def current_settings(script) -> dict:

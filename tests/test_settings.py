@@ -15,7 +15,7 @@ import detect
 import eval as evaluation
 import train
 import utils
-from utils import InputError, current_settings, override_settings, warn_about_workers
+from utils import InputError, current_settings, override_settings
 
 SCRIPTS = {'create_data_lists': create_data_lists, 'train': train, 'eval': evaluation, 'detect': detect}
 
@@ -196,11 +196,3 @@ def test_a_setting_out_of_range_is_refused_by_name_and_value(script, name, value
         script.main()
     message, = str(refused.value).splitlines()
     assert name in message and str(value) in message
-
-
-def test_far_more_workers_than_cores_are_only_warned_about():
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        warn_about_workers(2 * os.cpu_count())
-    with pytest.warns(UserWarning, match='workers on'):
-        warn_about_workers(2 * os.cpu_count() + 1)

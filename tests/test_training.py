@@ -45,7 +45,7 @@ class TinySSD(nn.Module):
         self.n_classes = n_classes
         self.base = Base()
         self.conv = nn.Conv2d(3, 4 + n_classes, kernel_size=30, stride=30)
-        self.register_buffer('priors_cxcy', SSD300.create_prior_boxes(None), persistent=False)
+        self.register_buffer('priors_cxcy', SSD300.create_prior_boxes(), persistent=False)
         TinySSD.made.append(self)
 
     def forward(self, images):
