@@ -56,7 +56,7 @@ def main():
     check_label_map(model_label_map, dataset.label_map)
     dataset.normalize_for(model)
     model.to(device, memory_format=torch.channels_last)
-    loader = make_test_loader(dataset, batch_size, workers, rank, n_processes, pin_memory=device.type == 'cuda')
+    loader = make_test_loader(dataset, batch_size, workers, rank, n_processes)
 
     with autocast(device, precision):
         results = detect_all(loader, model)
@@ -78,13 +78,13 @@ def main():
     print(f'Saved report.json{", results" if save_results else ""} and precision_recall.png in {output_folder}')
 
 
-def make_test_loader(dataset, batch_size, workers, rank=0, n_processes=1, pin_memory=False):
+def make_test_loader(dataset, batch_size, workers, rank=0, n_processes=1):
     """The batches of a PascalVOCDataset in its order. Of several processes, each gets every n-th of the very batches
     that a single one would compute: the same arithmetic gives the same report."""
     batches = list(BatchSampler(range(len(dataset)), batch_size, drop_last=False))[rank::n_processes]
     # A generator of its own: by default, each pass draws a seed from the random numbers of the training.
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=dataset.collate_fn,
-                      pin_memory=pin_memory, worker_init_fn=ignore_ctrl_c, generator=torch.Generator())
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_ctrl_c, generator=torch.Generator())
 
 
 def evaluate(test_loader, model, label_map=label_map):
@@ -204,6 +204,17 @@ class Plot(NamedTuple):
     lines: list  # of (name or None, color, [(x, y), …])
     x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
+
+
+def draw_log(lines) -> Image.Image:
+    """A picture of train.py's log, of losses, learning rate and mAP over the epochs."""
+    def curve(column):
+        return [(int(line['epoch']), float(line[column])) for line in lines if line[column] != '']
+
+    losses = [('loss', 'black', curve('loss')), ('confidence', 'darkorange', curve('confidence_loss')),
+              ('localization', 'steelblue', curve('localization_loss'))]
+    return draw_plots([Plot('loss', losses), Plot('learning rate', [(None, 'black', curve('lr'))]),
+                       Plot('mAP', [(None, 'seagreen', curve('mAP'))], y_range=(0, 1))])
 
 
 def draw_plots(plots) -> Image.Image:

@@ -290,7 +290,7 @@ def test_losses_rate_and_mAP_go_to_tensorboard_where_it_is_installed(run, tmp_pa
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', types.SimpleNamespace(SummaryWriter=lambda _: writer))
     run(epochs=2, eval_every=2, warmup=0)
     steps = {name: [step for key, _, step in scalars if key == name] for name, _, _ in scalars}
-    assert steps['loss'] == steps['loss/confidence'] == steps['loss/localization'] == steps['lr'] == [1, 2, 3, 4, 5, 6]
+    assert steps['loss'] == steps['confidence_loss'] == steps['localization_loss'] == steps['lr'] == [1, 2, 3, 4, 5, 6]
     assert steps['mAP'] == [6]
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)  # importing it fails
     run('without')
@@ -476,13 +476,11 @@ def test_a_checkpoint_for_other_classes_is_refused_and_both_are_shown(run, run_p
     assert 'aeroplane' in str(caught.value)
 
 
-@pytest.mark.parametrize(('change', 'complaint'), [
-    ({'optimizer': None}, 'holds weights but no training to go on with'),
-    ({'optimizer': {'state': 3, 'param_groups': 4}}, r"holds another optimizer than train\.py's")])
-def test_the_training_of_something_else_is_not_gone_on_with(change, complaint, run, run_path):
-    content = {name: part for name, part in {**run(), **change}.items() if part is not None}
+def test_weights_without_a_training_are_not_gone_on_with(run, run_path):
+    content = run()
+    del content['optimizer']
     torch.save(content, run_path)
-    with pytest.raises(InputError, match=complaint) as caught:
+    with pytest.raises(InputError, match='holds weights but no training to go on with') as caught:
         run(epochs=2, checkpoint=run_path)
     assert run_path in str(caught.value)
 
