@@ -5,9 +5,9 @@
     python create_data_lists.py --voc07_path /data/VOCdevkit/VOC2007 --voc12_path /data/VOCdevkit/VOC2012
     python create_data_lists.py --voc07_path /data/fruit --voc12_path None --labels apple pear plum
 
-Writes TRAIN_images.json, TRAIN_objects.json, TEST_images.json, TEST_objects.json and label_map.json to output_folder.
-Training data are trainval of 2007 and 2012, test data are test of 2007. Both archives of 2007 must be extracted to the
-same place. In the end it tells which of the training objects SSD300's priors can find.
+Writes TRAIN_images.json, TRAIN_objects.json, TEST_images.json, TEST_objects.json and label_map.json to
+output_folder. Training data are trainval of 2007 and 2012, test data are test of 2007. Both archives of 2007
+must be extracted to the same place. At the end it tells which training objects SSD300's priors can find.
 """
 
 import math
@@ -21,7 +21,7 @@ from model import SSD300
 from utils import (InputError, create_data_lists, cxcy_to_xy, find_jaccard_overlap, make_folder, run_script,
                    voc_labels)
 
-# Each annotated constant is a setting: `--skip_empty` on the command line changes it for one run.
+# Settings: each annotated constant is also a command-line flag of its name, which changes it for one run.
 
 voc07_path: str = 'img/emoji_voc/VOC2007'  # folder with Annotations, ImageSets and JPEGImages: training and test
 voc12_path: list[str] | None = ['img/emoji_voc/VOC2012']  # more such folders, for training only; None: no more
@@ -33,8 +33,8 @@ download_folder: str = 'voc'  # where a download goes: 2.8 GB of archives, and a
 
 
 def download_voc(folder) -> tuple[Path, Path]:
-    """Fetches 2007 trainval, 2007 test and 2012 trainval and extracts them; archives that are there already are only
-    checked. Returns the folders VOC2007 and VOC2012."""
+    """Fetches 2007 trainval, 2007 test and 2012 trainval and extracts them; archives that are there already
+    are only checked. Returns the folders VOC2007 and VOC2012."""
     make_folder(folder)
     for year, image_set in (('2007', 'trainval'), ('2007', 'test'), ('2012', 'trainval')):
         print(f'VOC {year} {image_set}')
@@ -48,38 +48,41 @@ def download_voc(folder) -> tuple[Path, Path]:
 
 
 def coverage(boxes, box_labels, label_names, priors_cxcy) -> dict[str, tuple]:
-    """Which objects can the priors find? An object that no prior overlaps by 0.5 is learned from one prior alone, the
-    one that it claims.
+    """Which objects can the priors find? An object that no prior overlaps by 0.5 is learned from one prior
+    alone, the one that it claims.
 
     :param boxes: objects in fractional boundary coordinates (n, 4)
     :param box_labels: their classes (n), from 1 on
-    :return: {label: (number of objects, share whose best prior overlaps by 0.5 or more, median of the best overlaps,
-        share of those that are smaller than the smallest prior)}, and the same of "all"; shares of no objects are nan
+    :return: {label: (number of objects, share whose best prior overlaps by 0.5 or more, median of the best
+        overlaps, share of those that are smaller than the smallest prior)}, and the same of "all"; shares of
+        no objects are nan
     """
     best = best_prior_overlaps(boxes, priors_cxcy)  # (n)
-    smaller = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1) < priors_cxcy[:, 2:].prod(dim=1).min() - 1e-6  # (n)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)  # (n)
+    smaller = areas < priors_cxcy[:, 2:].prod(dim=1).min() - 1e-6  # (n)
+    of_class = {label: box_labels == i for i, label in enumerate(label_names, start=1)}  # (n) each
     rows = {}
-    for label, chosen in {**{name: box_labels == i for i, name in enumerate(label_names, 1)},
-                          'all': torch.ones_like(smaller)}.items():
-        found = (best[chosen] >= 0.5).float()
-        rows[label] = (len(found), found.mean().item(), best[chosen].quantile(0.5).item() if len(found) else math.nan,
-                       smaller[chosen].float().mean().item())
+    for label, mask in {**of_class, 'all': torch.ones_like(smaller)}.items():
+        n_objects = int(mask.sum())
+        rows[label] = (n_objects, (best[mask] >= 0.5).float().mean().item(),
+                       best[mask].quantile(0.5).item() if n_objects else math.nan,
+                       smaller[mask].float().mean().item())
     return rows
 
 
 def best_prior_overlaps(boxes, priors_cxcy):
     """For each object, its largest Jaccard overlap with any prior (n).
 
-    :param boxes: objects in fractional boundary coordinates (n, 4), as they come to the network: resized to a square
+    :param boxes: objects in fractional boundary coordinates (n, 4): as the network sees them, in a square image
     :param priors_cxcy: priors in center-size coordinates (8732, 4)
     """
-    priors_xy = cxcy_to_xy(priors_cxcy)
+    priors_xy = cxcy_to_xy(priors_cxcy)  # (8732, 4)
     # A hundred at a time: all overlaps of VOC's 47,223 objects together would take 1.6 GB.
     return torch.cat([find_jaccard_overlap(some, priors_xy).amax(dim=1) for some in boxes.split(100)])
 
 
 def print_coverage(rows):
-    """Prints what `coverage` returns as a table, and advice on classes of which too few objects are found."""
+    """Prints what `coverage` returns as a table, and advice for classes that the priors hardly find."""
     print(f'\n{"training objects":<20}{"number":>8}{"prior ≥ 0.5":>13}{"median best":>13}{"too small":>11}')
     for label, (number, found, median, smaller) in rows.items():
         print(f'{label:<20}{number:>8,}{found:>13.1%}{median:>13.2f}{smaller:>11.1%}')

@@ -13,9 +13,9 @@ from utils import IMAGENET_MEAN, IMAGENET_STD, InputError, read_image, require, 
 class PascalVOCDataset(Dataset):
     """The pictures of one split with their objects.
 
-    An item is (image, boxes, labels, difficulties): a normalized image (3, 300, 300), boxes in fractional boundary
-    coordinates (n, 4), labels long (n), difficulties bool (n). A picture without objects has n = 0. One that can't be
-    read, or to which the objects can't belong, raises InputError.
+    An item is (image, boxes, labels, difficulties): a normalized image (3, 300, 300), boxes in fractional
+    boundary coordinates (n, 4), labels long (n), difficulties bool (n). A picture without objects has n = 0.
+    One that can't be read, or to which the objects can't belong, raises InputError.
     """
 
     def __init__(self, data_folder, split, keep_difficult=False, augment=None, seed=None):
@@ -24,14 +24,13 @@ class PascalVOCDataset(Dataset):
         :param split: 'TRAIN' or 'TEST'
         :param keep_difficult: whether objects marked as difficult are kept
         :param augment: whether pictures are changed at random; None: for the training split only
-        :param seed: with it, how a picture is changed follows from seed, epoch (see `set_epoch`) and the
-            picture's number alone; None: it is different each time
+        :param seed: makes the changes repeatable: they follow from the seed, the epoch (see `set_epoch`) and the
+            picture's number alone; None: they differ each time
 
         Raises InputError if there are no data lists, or if they don't belong together.
         """
         self.split = split.upper()
-        if self.split not in ('TRAIN', 'TEST'):
-            raise InputError(f"split must be 'train' or 'test', not '{split}'")
+        require(self.split in ('TRAIN', 'TEST'), f"split must be 'train' or 'test', not '{split}'")
         self.keep_difficult, self.seed, self.epoch = keep_difficult, seed, 0
         self.image_mean, self.image_std = IMAGENET_MEAN, IMAGENET_STD
         self.augment = self.split == 'TRAIN' if augment is None else augment
@@ -39,16 +38,16 @@ class PascalVOCDataset(Dataset):
         self.images = read_list(data_folder, f'{self.split}_images.json', list)
         self.objects = read_list(data_folder, f'{self.split}_objects.json', list)
         self.label_map = read_list(data_folder, 'label_map.json', dict)
-        if len(self.images) != len(self.objects):
-            raise InputError(f"'{data_folder}' has lists of {len(self.images)} images but of {len(self.objects)} "
-                             'images\' objects: make them again with create_data_lists.py')
+        require(len(self.images) == len(self.objects),
+                f"'{data_folder}' has lists of {len(self.images)} images but of {len(self.objects)} images' objects: "
+                'make them again with create_data_lists.py')
 
     def normalize_for(self, model):
-        """Images are normalized as a network wants them: one from elsewhere has a mean and deviation of its own."""
+        """Normalizes images as a network wants them: one from elsewhere has a mean and deviation of its own."""
         self.image_mean, self.image_std = model.image_mean, model.image_std
 
     def set_epoch(self, epoch):
-        """From the next DataLoader on, pictures are changed as is due in this epoch."""
+        """Makes the random changes those of an epoch. Counts from the next DataLoader on, since workers have copies."""
         self.epoch = epoch
 
     def __len__(self):
@@ -56,8 +55,8 @@ class PascalVOCDataset(Dataset):
 
     def __getitem__(self, i):
         if self.augment and self.seed is not None:
-            # Whichever process reads the picture, and whatever it has read before. As text, since random
-            # hashes that: numbers could add up to those of another seed, epoch or picture.
+            # So the changes don't depend on which worker reads the picture, nor on what it read before. A text
+            # keeps the three numbers apart, where their sum could be that of another seed, epoch or picture.
             random.seed(f'{self.seed} {self.epoch} {i}')
             torch.manual_seed(random.getrandbits(63))
         image = read_image(self.images[i])
@@ -72,17 +71,18 @@ class PascalVOCDataset(Dataset):
                          self.image_std)
 
     def collate_fn(self, batch):
-        """Makes a batch of items: images stacked to (N, 3, 300, 300), all else as lists of N tensors, for their sizes
-        differ."""
+        """Makes a batch of items: images stacked to (N, 3, 300, 300), all else as lists of N tensors, since
+        images differ in how many objects they have."""
         images, boxes, labels, difficulties = zip(*batch)
         return Batch((default_collate(images), list(boxes), list(labels), list(difficulties)))
 
 
 class Batch(tuple):
-    """(images, boxes, labels, difficulties), of which a worker process sends only the images as a tensor.
+    """(images, boxes, labels, difficulties), made to travel from a worker process with only one tensor, the images.
 
-    PyTorch hands over each tensor as shared memory with an open file. For three small ones per picture, that takes
-    longer than for all the images; and who keeps them, as eval.py does, soon has too many files open.
+    PyTorch sends each tensor as a piece of shared memory with an open file. Three small ones per picture would take
+    longer than all the images; and since eval.py keeps them, it would run out of files after some hundred pictures.
+    So they travel as plain lists: `__reduce__` tells pickle how to take a batch apart and who puts it together.
     """
 
     def __reduce__(self):
@@ -91,7 +91,7 @@ class Batch(tuple):
 
 
 def unpack_batch(images, *others):
-    """What a Batch becomes in the main process."""
+    """Puts a Batch together again, in the main process."""
     boxes, labels, difficulties = zip(*map(make_tensors, *others))
     return images, list(boxes), list(labels), list(difficulties)
 
@@ -103,7 +103,7 @@ def make_tensors(boxes, labels, difficulties):
 
 
 def read_list(data_folder, name, kind):
-    """The content of one of the JSON files, a list or a dict. Raises InputError if it isn't there or is damaged."""
+    """The content of one of the JSON files, a list or a dict. Raises InputError if it is missing or damaged."""
     path = Path(data_folder) / name
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
@@ -114,5 +114,5 @@ def read_list(data_folder, name, kind):
         raise InputError(f"data list '{path}' isn't there: run create_data_lists.py first, or set data_folder to the "
                          'folder that it wrote') from None
     except (OSError, ValueError) as error:
-        raise InputError(f"data list '{path}' can't be read ({error}): make it again with "
-                         'create_data_lists.py') from None
+        raise InputError(
+            f"data list '{path}' can't be read ({error}): make it again with create_data_lists.py") from None

@@ -22,17 +22,17 @@ from model import load_coco_model, load_model
 from utils import (InputError, autocast, check_precision, look_through, make_folder, make_label_colors, read_image,
                    replaced_file, require, run_script)
 
-# Each annotated constant is a setting: `--min_score 0.4` on the command line changes it for one run.
+# Settings: each annotated constant is also a command-line flag of its name, which changes it for one run.
 
-checkpoint: str = 'checkpoint_ssd300.pth'  # train.py's or others' weights; 'coco': torchvision's, trained on COCO
+checkpoint: str = 'checkpoint_ssd300.pth'  # weights of train.py or others; 'coco': torchvision's of COCO
 image: list[str] = ['img/emoji_voc/VOC2007/JPEGImages/000009.jpg']  # pictures of any format, or folders of pictures
 min_score: float = 0.2  # only objects with a greater score; lower finds more, and more that isn't there
-max_overlap: float = 0.5  # boxes of a class that overlap by more are one object; higher lets more duplicates through
+max_overlap: float = 0.5  # boxes of a class that overlap by more are one object; higher leaves more duplicates
 top_k: int = 200  # at most this many objects per picture, the best ones
 suppress: list[str] | None = None  # classes to leave out; None: all are shown
 output: str = 'detections'  # folder for the annotated copies; for one picture, also a file's name: .jpg, .png, …
 save_json: bool = False  # write the objects of all pictures to detections.json, beside the copies
-precision: str = 'float32'  # 'bfloat16' for GPUs and CPUs that compute in it; 'auto': bfloat16 where that is so
+precision: str = 'float32'  # 'bfloat16' for hardware that computes in it; 'auto': bfloat16 where that is so
 
 
 def main():
@@ -88,17 +88,20 @@ def detect(original_image, min_score, max_overlap, top_k, suppress=None, detecto
 
 @torch.no_grad()
 def find_objects(original_image, min_score, max_overlap, top_k, suppress=None, detector=None):
-    """The objects in a picture: a list of (label, score, (x_min, y_min, x_max, y_max) in the picture's pixels), by
-    falling score. The arguments are those of `detect`."""
+    """The objects in a picture: a list of (label, score, (x_min, y_min, x_max, y_max) in the picture's pixels),
+    by falling score. The arguments are those of `detect`."""
     model, label_map = detector or load_detector(checkpoint)
     names = {index: label for label, index in label_map.items()}
-    pixels = look_through(original_image.convert('RGB'), mean=model.image_mean, std=model.image_std)  # (3, 300, 300)
-    predictions = model(pixels.unsqueeze(0).to(model.priors_cxcy.device))  # (1, 8732, 4), (1, 8732, n_classes)
-    boxes, labels, scores = model.detect_objects(*predictions, min_score, max_overlap, top_k)
-    # An object may reach beyond the picture's edge; what can be drawn ends there.
+    image = look_through(original_image.convert('RGB'), mean=model.image_mean, std=model.image_std)  # (3, 300, 300)
+    images = image.unsqueeze(0).to(model.priors_cxcy.device)  # (1, 3, 300, 300): a batch of one
+    predicted_locs, predicted_scores = model(images)  # (1, 8732, 4), (1, 8732, n_classes)
+    (boxes,), (labels,), (scores,) = model.detect_objects(  # (n, 4), (n), (n)
+        predicted_locs, predicted_scores, min_score, max_overlap, top_k)
     width, height = original_image.size
-    boxes = boxes[0].cpu().clamp(0, 1) * torch.tensor([width, height, width, height])  # (n, 4), pixels
-    objects = zip((names[label] for label in labels[0].tolist()), scores[0].tolist(), map(tuple, boxes.tolist()))
+    boxes = boxes.cpu().clamp(0, 1)  # (n, 4): an object may reach beyond the picture, but what we see ends there
+    boxes = boxes * torch.tensor([width, height, width, height])  # (n, 4): fractions become pixels
+    objects = [(names[label], score, tuple(box))
+               for label, score, box in zip(labels.tolist(), scores.tolist(), boxes.tolist())]
     return [found for found in objects if found[0] not in (suppress or ())]
 
 
@@ -119,8 +122,8 @@ def draw_objects(original_image, objects, colors):
     draw = ImageDraw.Draw(annotated)
     for label, score, (x_min, y_min, x_max, y_max) in reversed(objects):  # the surest last, on top
         # The last column and row are width − 1 and height − 1: a frame there is drawn whole.
-        draw.rectangle((min(x_min, width - 1), min(y_min, height - 1), min(x_max, width - 1), min(y_max, height - 1)),
-                       outline=colors[label], width=line)
+        corners = min(x_min, width - 1), min(y_min, height - 1), min(x_max, width - 1), min(y_max, height - 1)
+        draw.rectangle(corners, outline=colors[label], width=line)
 
         text = f'{label} {score:.2f}'
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
@@ -140,12 +143,15 @@ def readable_on(color):
 
 def find_pictures(names) -> list[Path]:
     """The pictures named, and in place of a folder all pictures in it, by name."""
+    require(names, 'no picture is named: set image')
     paths, readable = [], Image.registered_extensions()
     for path in map(Path, names):
-        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in readable) if path.is_dir() else [path]
-        require(inside, f"the folder '{path}' holds no picture: name another one")
-        paths += inside
-    require(paths, 'no picture is named: set image')
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in readable)
+            require(inside, f"the folder '{path}' holds no picture: name another one")
+            paths += inside
+        else:
+            paths.append(path)
     return paths
 
 
@@ -156,9 +162,10 @@ def output_paths(paths) -> list[Path]:
     require(len(paths) == 1 or not is_file, f"output must be a folder for {len(paths)} pictures, not '{output}'")
     outputs = [Path(output) if is_file else Path(output, path.name) for path in paths]
     # A format that is unknown, or that Pillow can read but not write, becomes JPEG.
-    outputs = [path if formats.get(path.suffix.lower()) in Image.SAVE else path.with_suffix('.jpg') for path in outputs]
-    require(len(set(outputs)) == len(outputs), f"copies of several pictures in '{output}' would have the same name: "
-                                               'detect in one folder at a time')
+    outputs = [path if formats.get(path.suffix.lower()) in Image.SAVE else path.with_suffix('.jpg')
+               for path in outputs]
+    require(len(set(outputs)) == len(outputs),
+            f"copies of several pictures in '{output}' would have the same name: detect in one folder at a time")
     for path, output_path in zip(paths, outputs):
         require(path.resolve() != output_path.resolve(), f"output would overwrite the picture '{path}' itself")
     return outputs

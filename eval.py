@@ -4,8 +4,9 @@
     python eval.py --split train         # on what it was trained with: has it learned at all?
     torchrun --nproc_per_node=4 eval.py  # the same on four GPUs
 
-Needs the data lists of create_data_lists.py. Prints a table of the classes, and writes it as report.json, with the
-precision–recall curves as precision_recall.png, to output_folder; with --save_results, the detections as well.
+Needs the data lists of create_data_lists.py. Prints a table of the classes, and writes it as report.json,
+with the precision–recall curves as precision_recall.png, to output_folder; with --save_results, the
+detections as well.
 """
 
 import json
@@ -29,28 +30,30 @@ from utils import (area_under_curve, autocast, average_precision, calculate_mAP,
                    ignore_ctrl_c, join_processes, label_map, make_folder, make_label_colors, mean_of_classes,
                    picture_size, rank_detections, replaced_file, require, run_script, several_processes)
 
+# Settings: each annotated constant is also a command-line flag of its name, which changes it for one run.
+
 data_folder: str = 'data'  # where create_data_lists.py put the data lists
 checkpoint: str = 'checkpoint_ssd300.pth'  # the trained network, a file that train.py wrote
 split: str = 'test'  # 'test' or 'train'
-batch_size: int = 16  # images per forward pass; changes the speed and the memory needed, not the result
+batch_size: int = 16  # images per forward pass; changes speed and memory, not the result
 workers: int = min(4, os.cpu_count() or 1)  # processes that read pictures; 0: the main one reads them itself
-precision: str = 'float32'  # 'bfloat16' for GPUs and CPUs that compute in it; 'auto': bfloat16 where that is so
-report_threshold: float = 0.5  # precision and recall are told for detections with at least this score
-save_results: bool = False  # write VOC's own result files as well, which its development kit can score
+precision: str = 'float32'  # 'bfloat16' for hardware that computes in it; 'auto': bfloat16 where that is so
+report_threshold: float = 0.5  # the report's precision and recall count detections with at least this score
+save_results: bool = False  # also write the detections as VOC's development kit wants them
 output_folder: str = 'evaluation'  # where report.json, precision_recall.png and the folder of results go
 
 # With these, results compare with the paper's and others'. They aren't settings.
 MIN_SCORE = 0.01  # so low that the precision–recall curve gets its long tail
-MAX_OVERLAP = 0.45  # of two boxes of a class
+MAX_OVERLAP = 0.45  # boxes of a class that overlap by more are one object
 TOP_K = 200  # objects per image
-OVERLAPS = [percent / 100 for percent in range(50, 100, 5)]  # with the true box; VOC asks for the first
+OVERLAPS = [percent / 100 for percent in range(50, 100, 5)]  # of which a true detection needs more; VOC asks for 0.5
 
 
 def main():
     check_settings()
     rank, n_processes, device = join_processes()
-    torch.backends.cudnn.benchmark = True  # all inputs have one size: cuDNN may try which algorithm is fastest
-    # Difficult objects have to be known, so that finding one isn't counted as an error.
+    torch.backends.cudnn.benchmark = True  # all inputs have one size: cuDNN may try what is fastest
+    # With difficult objects: finding one must not be counted as an error.
     dataset = PascalVOCDataset(data_folder, split, keep_difficult=True, augment=False)
     model, model_label_map = load_model(checkpoint)
     check_label_map(model_label_map, dataset.label_map)
@@ -79,63 +82,66 @@ def main():
 
 
 def make_test_loader(dataset, batch_size, workers, rank=0, n_processes=1):
-    """The batches of a PascalVOCDataset in its order. Of several processes, each gets every n-th of the very batches
-    that a single one would compute: the same arithmetic gives the same report."""
+    """The batches of a PascalVOCDataset in its order. Of several processes, each gets every n-th of the very
+    batches that a single one would compute: the same arithmetic gives the same report."""
     batches = list(BatchSampler(range(len(dataset)), batch_size, drop_last=False))[rank::n_processes]
-    # A generator of its own: by default, each pass draws a seed from the random numbers of the training.
+    # With a generator of its own: otherwise each pass would use up random numbers of the training.
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=dataset.collate_fn,
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_ctrl_c, generator=torch.Generator())
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_ctrl_c,
+                      generator=torch.Generator())
 
 
 def evaluate(test_loader, model, label_map=label_map):
-    """Detects the objects in all pictures of a loader and compares them with the true ones.
+    """Detects the objects in all images of a loader and compares them with the true ones.
 
-    :param test_loader: of `make_test_loader`, its dataset with difficult objects; of several processes, each calls this
-        with its own
+    :param test_loader: of `make_test_loader`, its dataset with difficult objects; of several processes, each
+        calls this with its own
     :param model: SSD300; left in the mode, training or evaluation, in which it was
-    :return: {label: average precision}, mAP; see `calculate_mAP`. Of several processes, the first gets it, the others
-        None.
+    :return: {label: average precision}, mAP; see `calculate_mAP`. Of several processes, the first gets it,
+        the others None.
     """
     results = detect_all(test_loader, model)
-    return results and calculate_mAP(*results, label_map)
+    return calculate_mAP(*results, label_map) if results else None
 
 
 @torch.no_grad()
 def detect_all(test_loader, model):
-    """The detections in all pictures and the true objects: six lists with a tensor per picture in the dataset's order,
-    the arguments of `calculate_mAP`. Of several processes, the first gets all of them, the others None."""
-    several = several_processes()
-    rank = distributed.get_rank() if several else 0
-    was_training, device = model.training, model.priors_cxcy.device
+    """The detections in all images and the true objects, as `calculate_mAP` wants them: detected boxes, labels
+    and scores, true boxes, labels and difficulties, each a list with a tensor per image in the dataset's order.
+    Of several processes, the first gets all of them, the others None."""
+    several, device, was_training = several_processes(), model.priors_cxcy.device, model.training
+    is_main = not several or distributed.get_rank() == 0
     model.eval()
-    batches = []  # six lists each
-    for images, *truth in tqdm(test_loader, desc='Evaluating', unit='batch', disable=rank > 0):
+    batches = []  # of each batch, six lists of N tensors
+    for images, *truth in tqdm(test_loader, desc='Evaluating', unit='batch', disable=not is_main):
         images = images.to(device, non_blocking=True)  # (N, 3, 300, 300)
         predicted_locs, predicted_scores = model(images)  # (N, 8732, 4), (N, 8732, n_classes)
-        detections = model.detect_objects(predicted_locs, predicted_scores, MIN_SCORE, MAX_OVERLAP, TOP_K)
-        batches.append([[tensor.cpu() for tensor in tensors] for tensors in (*detections, *truth)])
+        boxes, labels, scores = model.detect_objects(  # N × (n_detections, 4), N × (n_detections), the same
+            predicted_locs, predicted_scores, MIN_SCORE, MAX_OVERLAP, TOP_K)
+        batches.append([[tensor.cpu() for tensor in tensors] for tensors in (boxes, labels, scores, *truth)])
     model.train(was_training)
 
     if several:
-        shares = [None] * distributed.get_world_size() if rank == 0 else None
+        shares = [None] * distributed.get_world_size() if is_main else None
         distributed.gather_object(batches, shares)
-        if rank > 0:
+        if not is_main:
             return None
-        batches = [batch for turn in zip_longest(*shares) for batch in turn if batch]  # back in the dataset's order
+        # The processes took turns: so the first batches of all come first, then the second ones, …
+        batches = [batch for turn in zip_longest(*shares) for batch in turn if batch]
     return tuple([tensor for batch in batches for tensor in batch[i]] for i in range(6))
 
 
 def make_report(ranked, report_threshold) -> dict:
-    """The figures of the report, from `rank_detections` for OVERLAPS. Precision and recall are those of the detections
-    with a score of at least report_threshold."""
+    """The figures of the report, from `rank_detections` for OVERLAPS. Precision and recall are those of the
+    detections with a score of at least report_threshold."""
     classes = {}
-    for label, (scores, true, n_objects) in ranked[0].items():
+    for label, (scores, true, n_objects) in ranked[0].items():  # (d), (d)
         areas = [area_under_curve(by_label[label][1], n_objects) for by_label in ranked]
-        shown = true[scores >= report_threshold]
+        reported = true[scores >= report_threshold]  # (n_reported)
         classes[label] = {'objects': n_objects, 'AP': average_precision(true, n_objects), 'AP_area': areas[0],
                           'AP_50_95': sum(areas) / len(areas),
-                          'precision': shown.float().mean().item(),  # nan if there is none
-                          'recall': shown.sum().item() / n_objects if n_objects else math.nan}
+                          'precision': reported.float().mean().item(),  # nan if there is none
+                          'recall': reported.sum().item() / n_objects if n_objects else math.nan}
     means = {f'm{name}': mean_of_classes(row[name] for row in classes.values())
              for name in ('AP', 'AP_area', 'AP_50_95')}
     return {**means, 'report_threshold': report_threshold, 'classes': classes}
@@ -174,12 +180,12 @@ def draw_curves(ranked, colors):
 
 
 def write_results(results, dataset, folder):
-    """Writes the detections of `detect_all` in VOC's format, a file per class. Each line is a detection: the picture's
-    name, the score, and xmin, ymin, xmax, ymax in the picture's pixels, which VOC counts from 1."""
+    """Writes the detections of `detect_all` in VOC's format, a file per class. Each line is a detection: the
+    picture's name, the score, and xmin, ymin, xmax, ymax in the picture's pixels, which VOC counts from 1."""
     lines = {label: [] for label, index in dataset.label_map.items() if index > 0}
     names = {index: label for label, index in dataset.label_map.items()}
     for path, boxes, indices, scores in zip(dataset.images, *results[:3]):
-        boxes = boxes * torch.tensor(picture_size(path)).repeat(2) + 1  # (n, 4)
+        boxes = boxes * torch.tensor(picture_size(path)).repeat(2) + 1  # (n, 4): fractions become pixels
         for box, index, score in zip(boxes.tolist(), indices.tolist(), scores.tolist()):
             numbers = ' '.join(f'{value:.3f}' for value in box)
             lines[names[index]].append(f'{Path(path).stem} {score:.6f} {numbers}\n')

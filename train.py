@@ -31,7 +31,7 @@ from utils import (DelayedCtrlC, InputError, autocast, check_label_map, check_pr
                    ignore_ctrl_c, join_processes, load_checkpoint, make_folder, replaced_file, require,
                    run_script, save_checkpoint)
 
-# Each annotated constant is a setting: a flag like --batch_size 4 changes it for one run.
+# Settings: each annotated constant is also a command-line flag of its name, which changes it for one run.
 
 # Data
 data_folder: str = 'data'  # where create_data_lists.py put the data lists
