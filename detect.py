@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import load_coco_model, load_model
+from model import load_model
 from utils import (InputError, autocast, check_precision, look_through, make_folder, make_label_colors, read_image,
                    replaced_file, require, run_script)
 
@@ -108,7 +108,7 @@ def find_objects(original_image, min_score, max_overlap, top_k, suppress=None, d
 @functools.lru_cache(maxsize=1)
 def load_detector(checkpoint):
     """The network of a checkpoint, on the GPU if there is one, and its label map; loaded once."""
-    model, label_map = load_coco_model() if checkpoint == 'coco' else load_model(checkpoint)
+    model, label_map = load_model(checkpoint)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     return model.to(device, memory_format=torch.channels_last), label_map
 

@@ -47,8 +47,9 @@ FEATURE_MAPS = (
     FeatureMap('conv11_2', 256, 1, 0.9, (1, 2, 0.5)),
 )
 
-# Where torchvision's vgg16 keeps its thirteen convolutions, in the order in which VGGBase has them.
-VGG16_PLACES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+# Where torchvision's vgg16 has these layers among its `features`.
+VGG16_PLACES = {'conv1_1': 0, 'conv1_2': 2, 'conv2_1': 5, 'conv2_2': 7, 'conv3_1': 10, 'conv3_2': 12, 'conv3_3': 14,
+                'conv4_1': 17, 'conv4_2': 19, 'conv4_3': 21, 'conv5_1': 24, 'conv5_2': 26, 'conv5_3': 28}
 
 
 class VGGBase(nn.Module):
@@ -122,18 +123,15 @@ class VGGBase(nn.Module):
         InputError if the weights can't be had.
         """
         vgg16 = download_weights(VGG16_Weights.IMAGENET1K_V1, 'train with --no-pretrained')
-        weights = {}
-        names = [name for name, _ in self.named_children() if name not in ('conv6', 'conv7')]
-        for name, place in zip(names, VGG16_PLACES, strict=True):
+        fc6 = vgg16['classifier.0.weight'].view(4096, 512, 7, 7)
+        fc7 = vgg16['classifier.3.weight'].view(4096, 4096, 1, 1)
+        weights = {'conv6.weight': decimate(fc6, m=(4, None, 3, 3)),  # (1024, 512, 3, 3)
+                   'conv6.bias': decimate(vgg16['classifier.0.bias'], m=(4,)),  # (1024)
+                   'conv7.weight': decimate(fc7, m=(4, 4, None, None)),  # (1024, 1024, 1, 1)
+                   'conv7.bias': decimate(vgg16['classifier.3.bias'], m=(4,))}  # (1024)
+        for name, place in VGG16_PLACES.items():
             weights[f'{name}.weight'] = vgg16[f'features.{place}.weight']
             weights[f'{name}.bias'] = vgg16[f'features.{place}.bias']
-
-        fc6 = vgg16['classifier.0.weight'].view(4096, 512, 7, 7)
-        weights['conv6.weight'] = decimate(fc6, m=(4, None, 3, 3))  # (1024, 512, 3, 3)
-        weights['conv6.bias'] = decimate(vgg16['classifier.0.bias'], m=(4,))  # (1024)
-        fc7 = vgg16['classifier.3.weight'].view(4096, 4096, 1, 1)
-        weights['conv7.weight'] = decimate(fc7, m=(4, 4, None, None))  # (1024, 1024, 1, 1)
-        weights['conv7.bias'] = decimate(vgg16['classifier.3.bias'], m=(4,))  # (1024)
         self.load_state_dict(weights)
 
     def freeze_blocks(self, n_blocks):
@@ -259,8 +257,8 @@ class SSD300(nn.Module):
             # the tutorial's code, and so its published weights, take 1.0 there.
             extra = sqrt(scale * FEATURE_MAPS[i + 1].scale) if i + 1 < len(FEATURE_MAPS) else 1.0
             # A prior of scale s and ratio a is s·√a wide and s/√a high: its area is s² whatever its ratio.
-            sizes = [(scale * sqrt(ratio), scale / sqrt(ratio)) for ratio in ratios]
-            sizes.insert(1, (extra, extra))
+            sizes = [(scale, scale), (extra, extra),
+                     *((scale * sqrt(ratio), scale / sqrt(ratio)) for ratio in ratios[1:])]
             for row in range(grid):
                 for column in range(grid):
                     c_x, c_y = (column + 0.5) / grid, (row + 0.5) / grid  # the middle of the tile
@@ -422,190 +420,159 @@ def suppress_duplicates(boxes, class_scores, min_score, max_overlap, top_k):
 
     # Whether a candidate stays depends on those with higher scores alone. So the best few thousand are
     # enough if they leave top_k objects; early in training, there are 90,000. The result is the same.
+    order = scores.argsort(descending=True, stable=True)  # (n_candidates): equal scores stay in order
     n = 2000
     while True:
-        best = best_first(scores, n)  # (n_best)
+        best = order[:n]  # (n_best)
         kept = batched_nms(shifted[priors[best]], scores[best].double(), labels[best], max_overlap)
-        if len(kept) >= top_k or len(best) == len(scores):
-            kept = best[kept.sort().values[:top_k]]  # sorted places among the best are sorted by score, too
+        if len(kept) >= top_k or len(best) == len(order):
+            kept = best[kept.sort().values[:top_k]]  # best is sorted by score, so its first places are the best
             return boxes[priors[kept]], labels[kept], scores[kept]
         n *= 2
-
-
-def best_first(scores, n):
-    """The places of the n highest of some scores, by falling score, equal ones by place. All that equal the
-    n-th are there as well, so that chance doesn't choose among them."""
-    if n >= len(scores):
-        return scores.argsort(descending=True, stable=True)
-    # Looking for the n-th takes far less time than sorting everything.
-    best, = (scores >= scores.topk(n).values[-1]).nonzero(as_tuple=True)
-    return best[scores[best].argsort(descending=True, stable=True)]
-
-
-class DetectorForExport(nn.Module):
-    """The network with decoding: images (N, 3, 300, 300) → boxes in fractional boundary coordinates (N, 8732, 4),
-    probabilities of the classes (N, 8732, n_classes). All of it is one graph; suppressing duplicates isn't part of it,
-    since the number of objects depends on the image."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images):
-        return self.model.decode(*self.model(images))
 
 
 # ------------------------------------------------------------------------------ weights from elsewhere
 
 def load_model(checkpoint_path) -> tuple[SSD300, dict[str, int]]:
-    """The network of a checkpoint, on the CPU and ready for detection, and its label map. The checkpoint may be one of
-    train.py, of the tutorial's original code, or weights that `PEERS` knows. Raises InputError if it can't be used."""
+    """The network of a checkpoint, on the CPU and ready for detection, and its label map.
+
+    :param checkpoint_path: a file of train.py, of the tutorial's original code, or of one of the `PEERS`;
+        'coco' downloads torchvision's SSD300, trained on COCO (136 MB, once)
+
+    Raises InputError if it can't be used.
+    """
     checkpoint = load_any_checkpoint(checkpoint_path)
     model = SSD300(n_classes=len(checkpoint['label_map']))
     load_weights(model, checkpoint, checkpoint_path)
     return model.eval(), checkpoint['label_map']
 
 
-def load_weights(model, checkpoint, checkpoint_path, class_heads=True):
-    """Puts the weights of a loaded checkpoint into a network; without class_heads, all but those of the class
-    prediction convolutions. Raises InputError if they don't fit."""
-    own = {} if class_heads else {name: weights for name, weights in model.state_dict().items()
-                                  if name.startswith('pred_convs.cl_')}
+def load_weights(model, checkpoint, checkpoint_path):
+    """Puts a loaded checkpoint into a network: its weights, and what else the network needs. Raises
+    InputError if the weights don't fit."""
     try:
-        model.load_state_dict({**checkpoint['model'], **own})
+        model.load_state_dict(checkpoint['model'])
     except (RuntimeError, AttributeError, TypeError):
-        raise InputError(f"checkpoint '{checkpoint_path}' doesn't hold the weights of an SSD300 with {model.n_classes} "
-                         'classes: name one that train.py wrote') from None
-    # What else a network needs. Checkpoints without it are of networks like a new one.
-    if 'priors_cxcy' in checkpoint:
+        raise InputError(f"checkpoint '{checkpoint_path}' doesn't hold the weights of an SSD300 with "
+                         f'{model.n_classes} classes: name one that train.py wrote') from None
+    if 'priors_cxcy' in checkpoint:  # one without is of a network like a new one
         model.priors_cxcy.copy_(checkpoint['priors_cxcy'])
         for name in ('image_mean', 'image_std', 'clip_boxes'):
             setattr(model, name, checkpoint[name])
 
 
 def start_from_checkpoint(model, checkpoint_path, label_map):
-    """Fine-tuning: puts a checkpoint's weights into a new network, those of the class heads only if its classes are
-    the same. Says which. Raises InputError if the checkpoint can't be used."""
+    """Fine-tuning: puts a checkpoint's weights into a new network, those of the class heads only if its
+    classes are the same. Says which. Raises InputError if the checkpoint can't be used."""
     checkpoint = load_any_checkpoint(checkpoint_path)
-    same_classes = checkpoint['label_map'] == label_map
-    load_weights(model, checkpoint, checkpoint_path, class_heads=same_classes)
-    print(f'Fine-tuning {checkpoint_path}'
-          + ('' if same_classes else ', whose classes are others: the class heads start anew'))
-
-
-def load_coco_model() -> tuple[SSD300, dict[str, int]]:
-    """torchvision's SSD300, trained on COCO, ready for detection, and the label map of COCO's classes. Raises
-    InputError if its weights (a download of 136 MB, once) can't be had."""
-    checkpoint = from_peer(download_weights(SSD300_VGG16_Weights.COCO_V1, 'choose another checkpoint'), 'torchvision')
-    model = SSD300(n_classes=len(checkpoint['label_map']))
-    load_weights(model, checkpoint, 'coco')
-    return model.eval(), checkpoint['label_map']
+    print(f'Fine-tuning {checkpoint_path}')
+    if checkpoint['label_map'] != label_map:
+        print('Its classes are others: the class heads start anew')
+        checkpoint['model'].update({name: weights for name, weights in model.state_dict().items()
+                                    if name.startswith('pred_convs.cl_')})
+    load_weights(model, checkpoint, checkpoint_path)
 
 
 def download_weights(source, instead) -> dict:
-    """The state dict of some of torchvision's pretrained weights, downloaded once. Raises InputError, telling what to
-    do instead, if that fails."""
+    """The state dict of some of torchvision's pretrained weights, downloaded once. Raises InputError,
+    telling what to do instead, if that fails."""
     try:
         return source.get_state_dict(progress=True, check_hash=True, map_location='cpu', weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f'{source.url} can\'t be downloaded ({error}): {instead}, or put that file into '
+        raise InputError(f"{source.url} can't be downloaded ({error}): {instead}, or put that file into "
                          f'{torch.hub.get_dir()}/checkpoints') from None
 
 
 class Peer(NamedTuple):
-    """How another implementation calls the very same 71 tensors, and what it does otherwise."""
-    base: list[str]  # names of the fifteen convolutions conv1_1 … conv7
+    """Another implementation of the very same 71 tensors, which saves them layer by layer in our order:
+    how their names begin there, and what it does otherwise."""
+    convs: tuple[str, ...]  # the layers conv1_1 … conv11_2
     rescale_factors: str
-    auxiliary: list[str]  # of the eight convolutions conv8_1 … conv11_2
-    loc: str  # of the six localization convolutions, with {} for 0 … 5
-    cl: str  # of the six class convolutions
-    scales: tuple[float, ...]  # of the priors, and of the last extra one
+    loc: str  # the six localization convolutions
+    cl: str  # the six class convolutions
+    scales: tuple[float, ...]  # of the priors, and what would follow them
     clip_centers: bool  # whether the centers of priors are kept inside the image
     image_mean: list[float]
     image_std: list[float]
     clip_boxes: bool
 
 
-VGG_PLACES = [*VGG16_PLACES, 31, 33]  # conv6 and conv7 behind pool5
-CAFFE_PREPROCESSING = [123 / 255, 117 / 255, 104 / 255], [1 / 255] * 3, False  # RGB from 0 to 255, minus the mean
 CAFFE_SCALES = (0.1, 0.2, 0.37, 0.54, 0.71, 0.88, 1.05)
+CAFFE_MEAN, CAFFE_STD = [123 / 255, 117 / 255, 104 / 255], [1 / 255] * 3  # RGB from 0 to 255, minus the mean
 PEERS = {
-    'amdegroot/ssd.pytorch': Peer([f'vgg.{i}' for i in VGG_PLACES], 'L2Norm.weight', [f'extras.{i}' for i in range(8)],
-                                  'loc.{}', 'conf.{}', CAFFE_SCALES, True, *CAFFE_PREPROCESSING),
-    'lufficc/SSD': Peer([f'backbone.vgg.{i}' for i in VGG_PLACES], 'backbone.l2_norm.weight',
-                        [f'backbone.extras.{i}' for i in range(8)], 'box_head.predictor.reg_headers.{}',
-                        'box_head.predictor.cls_headers.{}', CAFFE_SCALES, True, *CAFFE_PREPROCESSING),
-    'torchvision': Peer([*(f'backbone.features.{i}' for i in VGG16_PLACES[:10]),
-                         *(f'backbone.extra.0.{i}' for i in ('1', '3', '5', '7.1', '7.3'))], 'backbone.scale_weight',
-                        [f'backbone.extra.{i}.{j}' for i in range(1, 5) for j in (0, 2)],
-                        'head.regression_head.module_list.{}', 'head.classification_head.module_list.{}',
-                        (0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05), False, [0.48235, 0.45882, 0.40784],
-                        [1 / 255] * 3, True),
+    'amdegroot/ssd.pytorch': Peer(('vgg.', 'extras.'), 'L2Norm.weight', 'loc.', 'conf.',
+                                  CAFFE_SCALES, True, CAFFE_MEAN, CAFFE_STD, False),
+    'lufficc/SSD': Peer(('backbone.vgg.', 'backbone.extras.'), 'backbone.l2_norm.weight',
+                        'box_head.predictor.reg_headers.', 'box_head.predictor.cls_headers.',
+                        CAFFE_SCALES, True, CAFFE_MEAN, CAFFE_STD, False),
+    'torchvision': Peer(('backbone.features.', 'backbone.extra.'), 'backbone.scale_weight',
+                        'head.regression_head.', 'head.classification_head.',
+                        (0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05), False,
+                        [0.48235, 0.45882, 0.40784], CAFFE_STD, True),
 }
 
 
 def load_any_checkpoint(path) -> dict:
-    """A checkpoint of ours, or weights of one of the peers in the same form: other things in its file, and under
-    which key the weights are, don't matter. Raises InputError if it is something else."""
+    """A checkpoint of ours, or weights of one of the peers in the same form; see `load_model`. Raises
+    InputError if it is something else."""
+    if path == 'coco':
+        return from_peer(download_weights(SSD300_VGG16_Weights.COCO_V1, 'choose another checkpoint'), 'torchvision')
     content = read_checkpoint_file(path)
-    for weights in (content, content.get('model')) if isinstance(content, dict) else ():
-        for name, peer in PEERS.items():
-            if isinstance(weights, dict) and peer.rescale_factors in weights:
-                try:
-                    return from_peer(weights, name)
-                except (KeyError, ValueError, AttributeError, RuntimeError) as error:
-                    raise InputError(f"'{path}' has names of {name} but not the weights of its SSD300 with VOC's 21 or "
-                                     f"COCO's 91 classes ({error}): name another file") from None
-    require(is_checkpoint(content), f"'{path}' holds no weights that are known here: name a checkpoint of train.py or "
-                                    f"of the original tutorial, or weights of {', '.join(PEERS)}")
-    return content
+    if is_checkpoint(content):
+        return content
+    # Some files are the weights, others have them under a key, beside an optimizer and the like.
+    weights = content.get('model', content) if isinstance(content, dict) else None
+    for name, peer in PEERS.items():
+        if isinstance(weights, dict) and peer.rescale_factors in weights:
+            return from_peer(weights, name)
+    raise InputError(f"'{path}' holds no weights that are known here: name a checkpoint of train.py or of the "
+                     f"original tutorial, or weights of {', '.join(PEERS)}")
 
 
 def from_peer(state_dict, name) -> dict:
-    """Weights of one of the `PEERS` as a checkpoint of ours, which predicts the same."""
+    """Weights of one of the `PEERS` as a checkpoint of ours, which predicts the same. Raises InputError for
+    those of another network than SSD300, or for other classes than VOC's or COCO's."""
     peer = PEERS[name]
+
+    def tensors(*beginnings):  # of each layer its weight, then its bias
+        return [tensor for beginning in beginnings
+                for key, tensor in state_dict.items() if key.startswith(beginning)]
+
     with torch.device('meta'):  # for the names of its layers alone
-        own_names = [f'{part}.{name}' for part, module in (('base', VGGBase()), ('aux_convs', AuxiliaryConvolutions()))
-                     for name, _ in module.named_children()]
-    theirs = dict(zip(own_names, [*peer.base, *peer.auxiliary], strict=True))
-    weights = {'rescale_factors': state_dict[peer.rescale_factors].view(1, 512, 1, 1)}
-    for kind in ('weight', 'bias'):
-        for own_name, their_name in theirs.items():
-            weights[f'{own_name}.{kind}'] = state_dict[f'{their_name}.{kind}']
-        for i, feature_map in enumerate(FEATURE_MAPS):
+        own_names = [key for key in SSD300(n_classes=1).state_dict() if key.startswith(('base.', 'aux_convs.'))]
+    convs, locs, scores = tensors(*peer.convs), tensors(peer.loc), tensors(peer.cl)
+    n_classes = len(scores[-1]) // FEATURE_MAPS[-1].n_priors if scores else 0
+    coco_labels = SSD300_VGG16_Weights.COCO_V1.meta['categories'][1:]
+    labels = {21: voc_labels, 91: [f'{label} {i}' if label == 'N/A' else label  # numbers without a class
+                                   for i, label in enumerate(coco_labels, 1)]}
+    require(len(convs) == len(own_names) and n_classes in labels,
+            f"these weights of {name} aren't those of its SSD300 for VOC's 21 or COCO's 91 classes: name other ones")
+
+    weights = dict(zip(own_names, convs))
+    weights['rescale_factors'] = state_dict[peer.rescale_factors].view(1, 512, 1, 1)
+    for kind, heads in (('loc', locs), ('cl', scores)):
+        for feature_map, *head in zip(FEATURE_MAPS, heads[::2], heads[1::2]):
             # At each position, their priors come in the order 1, extra, 2, 1/2, 3, 1/3.
             n_priors = feature_map.n_priors
-            order = [0, 1, 2, 4, 3, 5] if n_priors == 6 else [0, 1, 2, 3]  # where our priors stand among theirs
-            for own_head, their_head in (('loc', peer.loc), ('cl', peer.cl)):
-                channels = state_dict[f'{their_head.format(i)}.{kind}'].unflatten(0, (n_priors, -1))
-                weights[f'pred_convs.{own_head}_{feature_map.name}.{kind}'] = channels[order].flatten(0, 1)
-    n_classes = len(weights['pred_convs.cl_conv11_2.bias']) // FEATURE_MAPS[5].n_priors
-    return {'epoch': 0, 'model': weights, 'label_map': peer_label_map(n_classes), 'settings': {},
+            order = [0, 1, 2, 4, 3, 5] if n_priors == 6 else [0, 1, 2, 3]  # where ours stand among theirs
+            for part, tensor in zip(('weight', 'bias'), head):
+                channels = tensor.unflatten(0, (n_priors, -1))[order].flatten(0, 1)
+                weights[f'pred_convs.{kind}_{feature_map.name}.{part}'] = channels
+    return {'epoch': 0, 'model': weights, 'label_map': make_label_map(labels[n_classes]), 'settings': {},
             'priors_cxcy': caffe_priors(peer.scales, peer.clip_centers), 'image_mean': peer.image_mean,
             'image_std': peer.image_std, 'clip_boxes': peer.clip_boxes}
 
 
-def peer_label_map(n_classes) -> dict[str, int]:
-    """The label map of VOC for 21 classes, of COCO for torchvision's 91. Raises ValueError for another number."""
-    # Some of COCO's 91 numbers stand for no class: torchvision calls all of them "N/A".
-    coco = [f'N/A {i}' if label == 'N/A' else label
-            for i, label in enumerate(SSD300_VGG16_Weights.COCO_V1.meta['categories'])]
-    labels = {21: voc_labels, 91: coco[1:]}
-    if n_classes not in labels:
-        raise ValueError(f'it has {n_classes} classes')
-    return make_label_map(labels[n_classes])
-
-
 def caffe_priors(scales, clip_centers):
-    """The priors of those who follow the authors' Caffe code, in our order, center-size (8732, 4): like ours, but of
-    other scales, and with centers in steps of whole pixels, of which 19 on conv8_2's map lie 4 pixels beyond the image:
-    some keep those inside, torchvision doesn't."""
+    """The priors of those who follow the authors' Caffe code, in our order, center-size (8732, 4): like
+    ours, but of other scales, and with centers in steps of whole pixels. On conv8_2's map, 19 of these lie
+    4 pixels beyond the image: some keep them inside, torchvision doesn't."""
     priors = []
     for (_, _, grid, _, ratios), scale, next_scale, step in zip(FEATURE_MAPS, scales, scales[1:],
                                                                 (8, 16, 32, 64, 100, 300)):
-        ratios = [1 / 3 if ratio == 0.333 else ratio for ratio in ratios]
-        sizes = [(scale * sqrt(ratio), scale / sqrt(ratio)) for ratio in ratios]
-        sizes.insert(1, (sqrt(scale * next_scale),) * 2)
+        ratios = [1 / 3 if ratio == 0.333 else ratio for ratio in ratios[1:]]
+        extra = sqrt(scale * next_scale)
+        sizes = [(scale, scale), (extra, extra), *((scale * sqrt(ratio), scale / sqrt(ratio)) for ratio in ratios)]
         priors += [((column + 0.5) * step / IMAGE_SIZE, (row + 0.5) * step / IMAGE_SIZE, w, h)
                    for row in range(grid) for column in range(grid) for w, h in sizes]
     priors = torch.tensor(priors)  # (8732, 4)

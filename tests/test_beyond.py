@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.models.detection import SSD300_VGG16_Weights, ssd300_vgg16
 
 from datasets import PascalVOCDataset
-from model import SSD300, MultiBoxLoss, load_coco_model, load_model, start_from_checkpoint
+from model import SSD300, MultiBoxLoss, load_model, start_from_checkpoint
 from utils import (InputError, autocast, create_data_lists, find_jaccard_overlap, make_label_colors, make_label_map,
                    voc_labels)
 
@@ -170,7 +170,7 @@ def test_coco_as_checkpoint_runs_torchvisions_weights_with_its_labels(tmp_path, 
     folder.mkdir(parents=True)
     torch.save(theirs.state_dict(), folder / SSD300_VGG16_Weights.COCO_V1.url.rsplit('/', 1)[1])
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    loaded, label_map = load_coco_model()
+    loaded, label_map = load_model('coco')
     assert len(label_map) == 91 and label_map['person'] == 1
     assert torch.equal(loaded.base.conv1_1.weight, theirs.backbone.features[0].weight)
 
@@ -182,7 +182,7 @@ def test_coco_weights_that_cannot_be_downloaded_are_told_in_one_sentence(tmp_pat
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     monkeypatch.setattr(torch.hub, 'download_url_to_file', fail)
     with pytest.raises(InputError, match=f'no network.*{tmp_path}'):
-        load_coco_model()
+        load_model('coco')
 
 
 @pytest.mark.slow
