@@ -27,7 +27,7 @@ import typing
 import warnings
 import zipfile
 from collections import Counter
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from xml.etree import ElementTree
@@ -134,24 +134,20 @@ def decimate(tensor, m):
 
 # -------------------------------------------------------------------------------------------- data lists
 
-def tag_text(element, tag) -> str:
-    """The text of a tag below an element, without the blanks around it. Raises ValueError if there is none."""
-    text = element.findtext(tag)
-    if text is None:
-        raise ValueError(f'an object without {tag}')
-    return text.strip()
+OBJECT_TAGS = ('name', 'bndbox/xmin', 'bndbox/ymin', 'bndbox/xmax', 'bndbox/ymax')
 
 
 def parse_annotation(annotation_path, label_map=label_map, unknown_labels=None, size=None) -> dict[str, list]:
     """The objects in an annotation file of VOC's format.
 
-    :param unknown_labels: a Counter, to which labels outside the label map are added; their objects are left out
+    :param unknown_labels: a Counter, to which labels outside the label map are added; their objects are
+        left out
     :param size: width and height of the picture, at whose edges boxes are cut; None: they stay as they are
-    :return: {'boxes': [[x_min, y_min, x_max, y_max], …] in pixels counted from 0, 'labels': [class index, …],
-        'difficulties': [0 or 1, …]}
+    :return: {'boxes': [[x_min, y_min, x_max, y_max], …] in pixels counted from 0, 'labels': [class index,
+        …], 'difficulties': [0 or 1, …]}
 
-    Boxes without area are left out with a warning. A file that is missing or isn't such an annotation raises
-    InputError.
+    Boxes without area are left out with a warning. A file that is missing or isn't such an annotation
+    raises InputError.
     """
     index_of = {label.lower(): index for label, index in label_map.items() if index > 0}
     objects = {'boxes': [], 'labels': [], 'difficulties': []}
@@ -160,17 +156,17 @@ def parse_annotation(annotation_path, label_map=label_map, unknown_labels=None, 
         if root.tag != 'annotation':
             raise ValueError(f'its root is <{root.tag}>, not <annotation>')
         for element in root.findall('object'):
-            label = tag_text(element, 'name')
-            sides = [tag_text(element, f'bndbox/{side}') for side in ('xmin', 'ymin', 'xmax', 'ymax')]
+            label, *sides = texts = [element.findtext(tag, default='').strip() for tag in OBJECT_TAGS]
+            if '' in texts:
+                raise ValueError(f'an object without {OBJECT_TAGS[texts.index("")]}')
             box = [float(side) - 1 for side in sides]  # VOC counts pixels from 1
             if size:
-                box = [max(box[0], 0), max(box[1], 0), min(box[2], size[0] - 1), min(box[3], size[1] - 1)]
+                box = [*(max(low, 0) for low in box[:2]), *(min(high, end - 1) for high, end in zip(box[2:], size))]
             if label.lower() not in index_of:
                 if unknown_labels is not None:
                     unknown_labels[label] += 1
             elif not (box[2] - box[0] >= 0.01 and box[3] - box[1] >= 0.01):  # float32 would make less nothing
-                picture = f' in the picture of {size[0]}×{size[1]}' if size else ''
-                warnings.warn(f"'{annotation_path}': left out a {label} whose box has no area{picture} "
+                warnings.warn(f"'{annotation_path}': left out a {label} whose box has no area in the picture "
                               f'(xmin, ymin, xmax, ymax: {", ".join(sides)})')
             else:
                 objects['boxes'].append(box)
@@ -199,8 +195,8 @@ def opened_picture(path):
 def read_image(path) -> Image.Image:
     """The picture in a file, upright and in mode RGB, whatever mode it was saved in.
 
-    "Upright" is what viewers show: phones save a photo as the sensor saw it, with the turn to be made in its
-    EXIF data. Raises InputError, naming the file, if it can't be read.
+    Phones save a photo as the sensor saw it, with the turn to be made in its EXIF data. Raises InputError,
+    naming the file, if it can't be read.
     """
     with opened_picture(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
@@ -288,11 +284,9 @@ def write_data_lists(output_folder, label_map, **pictures):
         n_objects = sum(len(objects['boxes']) for objects in files[f'{split}_objects'])
         print(f'{split}: {len(pictures[split]):,} images with {n_objects:,} objects')
     make_folder(output_folder)
-    with ExitStack() as stack:  # which puts the files in place when all five are written: never old beside new ones
-        for name, content in files.items():
-            file = stack.enter_context(replaced_file(Path(output_folder, f'{name}.json')))
+    for name, content in files.items():
+        with replaced_file(Path(output_folder, f'{name}.json')) as file:
             file.write(json.dumps(content).encode())
-            file.flush()
     print(f"The data lists are in '{Path(output_folder).resolve()}'")
 
 
@@ -357,7 +351,7 @@ def random_crop(window, boxes):
 
     The window is left as it is with a chance of 1 in 7 per round, or if there are no objects. Otherwise at
     least one object stays in it: objects whose center is outside are dropped, and one of those that stay
-    overlaps with the crop at least as much as drawn by lot.
+    overlaps with the crop at least as much as the minimum, which is chosen at random.
     """
     start, size = torch.tensor(window[:2]), torch.tensor(window[2:]) - torch.tensor(window[:2])
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2  # (n, 2)
@@ -366,7 +360,7 @@ def random_crop(window, boxes):
         if min_overlap is None or len(boxes) == 0:
             return window, boxes, torch.ones(len(boxes), dtype=torch.bool)
 
-        # Fifty tries, then another overlap by lot. All tries are made at once; the first good one counts.
+        # Fifty tries, then another minimum. All tries are made at once; the first good one counts.
         crop_size = (size * torch.empty(50, 2).uniform_(0.3, 1)).long()  # (50, 2): width and height
         room = size - crop_size  # (50, 2)
         first = start + (torch.rand(50, 2) * (room + 1)).long().minimum(room)  # (50, 2): left and top
@@ -591,24 +585,20 @@ def replaced_file(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        # What stops torch.save, a full disk or Ctrl-C, is the context of the RuntimeError that comes out of it.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        temporary.unlink(missing_ok=True)
+        # What stops torch.save, a full disk or Ctrl-C, is the context of the RuntimeError that comes of it.
+        cause = error.__context__ or error
         if isinstance(cause, OSError):
             raise InputError(f"can't write '{path}' ({cause.strerror or cause}): make room or choose another "
                              'place; what was there before is unchanged') from None
-        if isinstance(cause, KeyboardInterrupt):
-            raise cause from None
-        raise
+        raise cause from None
 
 
 def save_checkpoint(path, epoch, model, optimizer, label_map, settings):
     """Saves a training run after `epoch` finished epochs, in plain containers only.
 
-    The file holds epoch, model and optimizer (state dicts), label_map, settings, and what the network needs besides
-    its weights: its priors, how images are normalized for it, whether boxes are cut at the image's edges. It loads with
-    `torch.load(path, weights_only=True)`, which runs no code from the file, and replaces an older one in one step.
+    Besides the weights it holds what the network needs: its priors, how images are normalized for it, whether boxes
+    are cut at the image's edges. It loads with `torch.load(path, weights_only=True)`, which runs no code from it.
     """
     with replaced_file(path) as file:
         torch.save({'format': 2, 'epoch': epoch, 'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
@@ -733,7 +723,6 @@ def check_precision(precision):
 def autocast(device, precision):
     """The context in which a network runs in 'float32'; in 'bfloat16' where that is safe (mixed precision);
     or, with 'auto', in bfloat16 if the device computes in it."""
-    check_precision(precision)
     enabled = precision == 'bfloat16' or (precision == 'auto' and computes_in_bfloat16(device))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
