@@ -27,7 +27,7 @@ import typing
 import warnings
 import zipfile
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from xml.etree import ElementTree
@@ -284,9 +284,11 @@ def write_data_lists(output_folder, label_map, **pictures):
         n_objects = sum(len(objects['boxes']) for objects in files[f'{split}_objects'])
         print(f'{split}: {len(pictures[split]):,} images with {n_objects:,} objects')
     make_folder(output_folder)
-    for name, content in files.items():
-        with replaced_file(Path(output_folder, f'{name}.json')) as file:
+    with ExitStack() as stack:  # which puts the files in place when all five are written: never old beside new ones
+        for name, content in files.items():
+            file = stack.enter_context(replaced_file(Path(output_folder, f'{name}.json')))
             file.write(json.dumps(content).encode())
+            file.flush()
     print(f"The data lists are in '{Path(output_folder).resolve()}'")
 
 
@@ -585,13 +587,16 @@ def replaced_file(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        # What stops torch.save, a full disk or Ctrl-C, is the context of the RuntimeError that comes of it.
-        cause = error.__context__ or error
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        # What stops torch.save, a full disk or Ctrl-C, is the context of the RuntimeError that comes out of it.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError):
             raise InputError(f"can't write '{path}' ({cause.strerror or cause}): make room or choose another "
                              'place; what was there before is unchanged') from None
-        raise cause from None
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        raise
 
 
 def save_checkpoint(path, epoch, model, optimizer, label_map, settings):
