@@ -1,9 +1,13 @@
-"""Figures that are charts: the learning rate, average precision."""
+"""Figures that are charts: the learning rate, average precision, results of trainings."""
+
+import csv
+import json
 
 import torch
 
 import train
-from svg import AMBER, BLUE, GREEN, GREY, RED, Axes, Canvas, tint
+from scenes import HERE
+from svg import AMBER, BLUE, EDGE, GREEN, GREY, INK, RED, WHITE, Axes, Canvas, tint
 from utils import average_precision
 
 STEPS_PER_EPOCH = -(-16551 // train.batch_size)  # of VOC's trainval 2007 and 2012
@@ -85,3 +89,89 @@ def draw_interpolated(canvas, axes, precision, recall):
             previous = r
     steps.append(axes.at(previous, 0))
     canvas.path(steps, AMBER, dashed=True)
+
+
+# --------------------------------------------------------------------------------------------- trainings
+
+TENTHS = (0, 0.2, 0.4, 0.6, 0.8, 1)
+VOC_IMAGES = 4952  # in an epoch of our training on VOC
+
+
+def read_results(folder):
+    """A training's log, {column: [(epoch, value), …]}, and report.json; None if it hasn't ended yet."""
+    log, report = HERE / 'results' / folder / 'training_log.csv', HERE / 'results' / folder / 'report.json'
+    return (read_log(log), json.loads(report.read_text())) if log.exists() and report.exists() else None
+
+
+def read_log(path):
+    with open(path, newline='', encoding='utf-8') as file:
+        lines = list(csv.DictReader(file))
+    return {name: [(int(line['epoch']), float(line[name])) for line in lines if line[name]] for name in lines[0]}
+
+
+def draw_curve(axes, points, color):
+    places = [axes.at(*point) for point in points]
+    axes.canvas.path(places, color)
+    for place in places:
+        axes.canvas.dot(*place, color, radius=4)
+
+
+def draw_classes(canvas, x, y, width, classes):
+    """A bar for the average precision of each class."""
+    for i, (label, row) in enumerate(classes):
+        at_y = y + i * 32
+        canvas.text(x + 112, at_y + 18, label, anchor='end')
+        canvas.rect(x + 120, at_y, width - 172, 24, WHITE, EDGE)
+        canvas.rect(x + 120, at_y, (width - 172) * row['AP'], 24, tint(GREEN, 0.6))
+        canvas.text(x + width, at_y + 18, f'{row["AP"]:.2f}', anchor='end', bold=True)
+
+
+def results_bccd():
+    """Both parts of the loss and the mAP over the epochs, and the classes' average precision in the end."""
+    results = read_results('bccd')
+    if results is None:
+        return None
+    log, report = results
+    canvas, last = Canvas(height=370 + 32 * len(report['classes'])), log['epoch'][-1][0]
+    highest = -(-max(value for _, value in log['confidence_loss']) // 1)
+    losses = Axes(canvas, 56, 50, 280, 200, (0, last), (0, highest))
+    losses.ticks_y(range(0, int(highest) + 1, 2))
+    mAP = Axes(canvas, 418, 50, 280, 200, (0, last), (0, 1))
+    mAP.ticks_y(TENTHS, plainly)
+    for axes, label in ((losses, 'loss'), (mAP, f'mAP: {report["mAP"]:.2f} at the end')):
+        axes.ticks_x(range(0, last + 1, 3))
+        axes.frame('epoch', label)
+    for name, color, ink in (('confidence', AMBER, INK), ('localization', BLUE, BLUE)):
+        points = log[f'{name}_loss']
+        draw_curve(losses, points, color)
+        x, y = losses.at(*points[last // 2])
+        canvas.text(x + 30, y - 12, name, ink, 'middle', bold=True)
+    draw_curve(mAP, log['mAP'], GREEN)
+    draw_classes(canvas, 16, 344, 688, report['classes'].items())
+    canvas.text(136, 332, 'average precision', bold=True)
+    return canvas
+
+
+def results_voc():
+    """The mAP over the number of pictures seen, beside a published one, and the classes' average precision."""
+    results = read_results('voc')
+    if results is None:
+        return None
+    log, report = results
+    canvas = Canvas(height=872)
+    axes = Axes(canvas, 56, 50, 640, 280, (4e3, 4e6), (0, 0.8), log_x=True)
+    axes.ticks_x([1e4, 1e5, 1e6], '{:,.0f}'.format)
+    axes.ticks_y(TENTHS[:-1], plainly)
+    axes.frame('training pictures seen', 'mAP')
+    published = read_log(HERE / 'results/voc/gluoncv.csv')
+    canvas.path([axes.at(pictures, value) for (_, pictures), (_, value)
+                 in zip(published['pictures'], published['mAP'])])
+    draw_curve(axes, [(epoch * VOC_IMAGES, value) for epoch, value in log['mAP']], GREEN)
+    canvas.text(20, 420, 'GluonCV: all of VOC, 16,551 training and 4,952 test pictures', bold=True)
+    canvas.text(20, 448, f'This code: 4,952 training and {report["images"]:,} test pictures, conv6 and\n'
+                'conv7 from random weights', GREEN, bold=True)
+    classes = list(report['classes'].items())
+    for i in (0, 1):
+        draw_classes(canvas, 8 + i * 352, 540, 340, classes[10 * i:10 * i + 10])
+    canvas.text(128, 528, f'average precision (mAP {report["mAP"]:.2f})', bold=True)
+    return canvas

@@ -31,7 +31,7 @@ record_hard_negatives: str | None = None  # checkpoint of a half-trained network
 record_quick_start: list[str] | None = None  # checkpoints of the quick start after some of its epochs
 picture: str = 'emoji_voc/VOC2007/JPEGImages/000006.jpg'  # the training picture in which those look
 
-# Each draws the figure of its own name, or gives None if nothing is recorded for it.
+# Each draws the figure of its own name, or gives None if what it shows isn't there.
 FIGURES = {f'{function.__name__}.svg': function for function in (
     recorded.detections, recorded.failures, recorded.quick_start_training, recorded.score_maps,
     recorded.hard_negatives, recorded.nms_1_candidates, recorded.nms_2_sorted, recorded.nms_3_overlaps,
@@ -43,6 +43,7 @@ FIGURES = {f'{function.__name__}.svg': function for function in (
     diagrams.fc_as_conv, diagrams.decimation, diagrams.prediction_convolutions,
     diagrams.prediction_channels, diagrams.reshaping, diagrams.stacking,
     augmentation.augmentation, augmentation.augmented_samples, charts.learning_rate, charts.eleven_points,
+    charts.results_bccd, charts.results_voc,
 )}
 
 
@@ -60,7 +61,7 @@ def main():
     for name in names:
         figure = FIGURES[name]()
         if figure is None:
-            print(f'{name}: not drawn, since nothing is recorded for it (--record)')
+            print(f'{name}: not drawn, since what it shows is not there (see img/README.md)')
         else:
             figure.save(Path(output_folder, name))
             print(name)

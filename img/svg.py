@@ -176,17 +176,18 @@ def chip_width(text):
 class Axes:
     """The frame of a chart, and the way from its values to the canvas."""
 
-    def __init__(self, canvas, x, y, width, height, x_range, y_range, log_y=False):
+    def __init__(self, canvas, x, y, width, height, x_range, y_range, log_x=False, log_y=False):
         self.canvas, self.x, self.y, self.width, self.height = canvas, x, y, width, height
-        self.x_range, self.y_range, self.log_y = x_range, y_range, log_y
+        self.x_range, self.y_range, self.log_x, self.log_y = x_range, y_range, log_x, log_y
         canvas.rect(x, y, width, height, WHITE)
 
     def at(self, value_x, value_y):
-        (x1, x2), (y1, y2) = self.x_range, self.y_range
-        if self.log_y:
-            y1, y2, value_y = (math.log10(value) for value in (y1, y2, value_y))
-        return (self.x + (value_x - x1) / (x2 - x1) * self.width,
-                self.y + self.height - (value_y - y1) / (y2 - y1) * self.height)
+        def part(value, ends, log):
+            start, end, value = map(math.log10, (*ends, value)) if log else (*ends, value)
+            return (value - start) / (end - start)
+
+        return (self.x + part(value_x, self.x_range, self.log_x) * self.width,
+                self.y + self.height - part(value_y, self.y_range, self.log_y) * self.height)
 
     def ticks_x(self, values, show=str):
         for value in values:
