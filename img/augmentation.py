@@ -63,12 +63,14 @@ def augmentation():
 
 def augmented_samples():
     """Three pictures, each as it is and as training sees it four times."""
-    canvas = Canvas(height=446)
+    canvas = Canvas(height=478)
+    canvas.text(82, 34, 'the picture', anchor='middle', bold=True)
+    canvas.text(429, 34, 'what training sees of it in four epochs', anchor='middle', bold=True)
     seed(9)
     for row, (name, boxes) in enumerate(SAMPLES):
         picture, boxes = read_image(HERE / f'photos/{name}.jpg'), torch.tensor(boxes, dtype=torch.float)
         labels = difficulties = torch.zeros(len(boxes), dtype=torch.long)
         for column, split in enumerate(['TEST'] + 4 * ['TRAIN']):
             image, seen, _, _ = transform(picture, boxes, labels, difficulties, split)
-            Scene(canvas, to_picture(image), 16 + column * 139, 16 + row * 140, 132).boxes(seen, PURPLE)
+            Scene(canvas, to_picture(image), 16 + column * 139, 48 + row * 140, 132).boxes(seen, PURPLE)
     return canvas

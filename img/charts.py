@@ -24,12 +24,11 @@ def learning_rate():
     steps = [*range(0, min(train.warmup, STEPS_PER_EPOCH), 20)]  # the warm-up, then the ends of what stays the same
     for start, end in zip([0, *decays], [*decays, train.epochs]):
         steps += [max(start * STEPS_PER_EPOCH, train.warmup), end * STEPS_PER_EPOCH - 1]
-    canvas.path([axes.at(step / STEPS_PER_EPOCH, max(train.learning_rate(step, STEPS_PER_EPOCH), 5e-6))
-                 for step in steps], BLUE)
-    for start, end in zip([0, *decays], [*decays, train.epochs]):
         rate = train.learning_rate(end * STEPS_PER_EPOCH - 1, STEPS_PER_EPOCH)
         x, y = axes.at((start + end) / 2, rate)
         canvas.text(x, y - 10, plainly(rate), BLUE, 'middle', bold=True)
+    canvas.path([axes.at(step / STEPS_PER_EPOCH, max(train.learning_rate(step, STEPS_PER_EPOCH), 5e-6))
+                 for step in steps], BLUE)
     return canvas
 
 

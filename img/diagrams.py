@@ -149,17 +149,6 @@ CHANNEL_COLORS = (tint(RED, 0.35), tint(GREEN, 0.3), tint(BLUE, 0.35))
 CELL = 32
 
 
-@functools.lru_cache(maxsize=1)
-def fc_example():
-    """A tiny image (3, 2, 2), the weights (2, 12) of a fully connected layer, and its outputs (2), made both ways."""
-    generator = torch.Generator().manual_seed(3)
-    image = torch.randint(0, 6, (3, 2, 2), generator=generator).float()
-    weights = torch.randint(-2, 4, (2, 12), generator=generator).float()
-    as_linear = F.linear(image.flatten(), weights)  # (2)
-    as_convolution = F.conv2d(image[None], weights.view(2, 3, 2, 2)).flatten()  # (2, 3, 2, 2) → (1, 2, 1, 1) → (2)
-    return image, weights, as_linear.tolist(), as_convolution.tolist()
-
-
 def draw_channels(canvas, x, y, values, colors, in_a_row=False):
     """(3, 2, 2): the channels one below the other, or all twelve values in a row."""
     for channel, color in enumerate(colors):
@@ -172,8 +161,12 @@ def draw_channels(canvas, x, y, values, colors, in_a_row=False):
 
 def fc_as_conv():
     """The same twelve values and twice twelve weights, as a fully connected layer and as a convolution."""
-    image, weights, as_linear, as_convolution = fc_example()
-    weights, grey = weights.view(2, 3, 2, 2), [tint(GREY)] * 3
+    generator, grey = torch.Generator().manual_seed(3), [tint(GREY)] * 3
+    image = torch.randint(0, 6, (3, 2, 2), generator=generator).float()
+    weights = torch.randint(-2, 4, (2, 12), generator=generator).float()
+    as_linear = F.linear(image.flatten(), weights).tolist()  # (2)
+    weights = weights.view(2, 3, 2, 2)
+    as_convolution = F.conv2d(image[None], weights).flatten().tolist()  # (1, 2, 1, 1) → (2)
     canvas = Canvas(height=660, width=600)
     canvas.text(24, 36, 'Fully connected', title=True)
     canvas.text(24, 70, 'the image, flattened: 12 values')
@@ -183,7 +176,7 @@ def fc_as_conv():
         canvas.text(24, y, f'weights {i}')
         draw_channels(canvas, 24, y + 10, weights[i], grey, in_a_row=True)
         canvas.arrow(24 + 12 * CELL + 6, y + 26, 450, y + 26)
-        canvas.text(460, y + 33, output_text(i, output), title=True)
+        canvas.text(460, y + 33, f'Y{i} = {output:.0f}'.replace('-', '−'), title=True)
 
     canvas.line(24, 276, 576, 276, EDGE)
     canvas.text(24, 310, 'Convolution', title=True)
@@ -194,19 +187,10 @@ def fc_as_conv():
         canvas.text(x, 344, f'filter {i}')
         draw_channels(canvas, x, 356, weights[i], grey)
         canvas.arrow(x + 2 * CELL + 6, 460, x + 2 * CELL + 30, 460)
-        canvas.text(x + 2 * CELL + 36, 467, output_text(i, output), title=True)
+        canvas.text(x + 2 * CELL + 36, 467, f'Y{i} = {output:.0f}'.replace('-', '−'), title=True)
     if as_linear == as_convolution:
         canvas.text(300, 634, 'the same 12 products, the same sums', GREEN, 'middle', title=True)
     return canvas
-
-
-def output_text(i, output):
-    return f'Y{i} = {output:.0f}'.replace('-', '−')
-
-
-def by(tensor):
-    """'2 × 3 × 4', the shape of a tensor"""
-    return ' × '.join(map(str, tensor.shape))
 
 
 def decimation():
@@ -220,9 +204,9 @@ def decimation():
         canvas.text(x, y - 14, caption, bold=True)
         draw_kernel(canvas, x, y, values, kept, spread)
     before = torch.empty(4096, 512, 7, 7, device='meta')
-    after = decimate(before, (4, None, 3, 3))
-    canvas.text(412, 346, f'fc6 as a convolution:\n{by(before)}\n= {before.numel() / 1e6:.1f} million\nweights\n\n'
-                f'conv6:\n{by(after)}\n= {after.numel() / 1e6:.1f} million\nweights')
+    for y, name, weights in ((346, 'fc6 as a convolution', before), (471, 'conv6', decimate(before, (4, None, 3, 3)))):
+        canvas.text(412, y, f'{name}:\n{" × ".join(map(str, weights.shape))}\n= {weights.numel() / 1e6:.1f} million\n'
+                    'weights')
     return canvas
 
 

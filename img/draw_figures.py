@@ -6,9 +6,7 @@
 
 They come from the project's own functions: what a figure says of priors, overlaps, matches or crops is what the
 code computes. The same settings give the same files on any computer; pixels of the augmentation's figures come from
-Pillow, whose versions may round differently.
-
-Figures of what a trained network gives out are drawn from img/recorded/*.json, which the three record settings write.
+Pillow, whose versions may round differently. What trained networks gave out was recorded, see img/README.md.
 """
 
 import sys

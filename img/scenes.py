@@ -1,7 +1,4 @@
-"""Figures that show boxes on a picture: coordinates, priors, offsets, matching and the like.
-
-All numbers in them come from the functions that train and run the network.
-"""
+"""Figures that show boxes on a picture: coordinates, priors, offsets, matching and the like."""
 
 import functools
 from pathlib import Path

@@ -39,11 +39,6 @@ def number(value):
     return f'{round(value, 1) + 0:g}'  # + 0 makes -0.0 to 0
 
 
-def text_width(text):
-    """About the width of a text, for a wide font."""
-    return 0.6 * FONT_SIZE * len(text)
-
-
 class Canvas:
     def __init__(self, height=0, width=WIDTH):
         self.width, self.height = width, height  # the height may still be changed while drawing
@@ -170,7 +165,7 @@ CHIP_HEIGHT = 26
 
 
 def chip_width(text):
-    return max(text_width(text) + 8, CHIP_HEIGHT)
+    return max(0.6 * FONT_SIZE * len(text) + 8, CHIP_HEIGHT)  # for a wide font
 
 
 class Axes:
