@@ -5,8 +5,8 @@
     python img/draw_figures.py --record checkpoint_ssd300.pth             # first asks a trained network anew
 
 They come from the project's own functions: what a figure says of priors, overlaps, matches or crops is what the
-code computes. The same settings give the same files on any computer; pixels of the augmentation's figures come from
-Pillow, whose versions may round differently. What trained networks gave out was recorded, see img/README.md.
+code computes. They come out the same on any computer, but for pixels of the augmentation, which Pillow may round
+differently in other versions. What trained networks gave out was recorded, see img/README.md.
 """
 
 import sys

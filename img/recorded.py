@@ -253,8 +253,8 @@ def draw_candidates(only_kept):
             box = clipped(box)
             scene.box(box, color)
             drawn.append((box, color, f'{title}: {score:.2f}' if only_kept else title))
-    for i, label in enumerate(drawn if len(drawn) < 7 else ()):
-        scene.label(*label, 'bottom left' if i % 2 else 'top left')
+    for label in drawn if only_kept or len(drawn) < 7 else ():
+        scene.label(*label)
     canvas.text(300, scene.height + 54, f'{len(drawn)} boxes', anchor='middle')
     canvas.height = scene.height + 74
     return canvas

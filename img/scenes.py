@@ -25,7 +25,7 @@ class Scene:
     stage to its boxes; one with a height is squeezed, as the network sees pictures."""
 
     def __init__(self, canvas, source, x, y, width, height=None, faded=False):
-        self.canvas, self.x, self.y, self.width = canvas, x, y, width
+        self.canvas, self.x, self.y, self.width, self.chips = canvas, x, y, width, []
         self.height = canvas.picture(source, x, y, width, height)
         if faded:
             canvas.rect(x, y, width, self.height, WHITE, opacity=0.5)
@@ -44,11 +44,15 @@ class Scene:
         for xy in all_xy.tolist():
             self.box(xy, color, **style)
 
-    def label(self, xy, color, text, corner='top left'):
-        """A chip inside one corner of a box. To be drawn after all boxes, lest one of them crosses it out."""
-        (left, top), (right, bottom) = self.at(*xy[:2]), self.at(*xy[2:])
-        x = left if 'left' in corner else right - chip_width(text)
-        self.canvas.chip(x, top if 'top' in corner else bottom - CHIP_HEIGHT, text, color)
+    def label(self, xy, color, text):
+        """A chip in a corner of a box where no other chip lies. To be drawn after all boxes, which would cross it."""
+        (left, top), (right, bottom), width = self.at(*xy[:2]), self.at(*xy[2:]), chip_width(text)
+        corners = [(x, y) for y in (top, bottom - CHIP_HEIGHT) for x in (left, right - width)]
+        free = [(x, y) for x, y in corners if all(x + width < x1 or x > x2 or abs(y - other_y) > CHIP_HEIGHT
+                                                  for x1, x2, other_y in self.chips)]
+        x, y = (free or corners)[0]
+        self.chips.append((x, x + width, y))
+        self.canvas.chip(x, y, text, color)
 
     def callout(self, xy, color, text, side, place=0.5):
         """A chip outside the picture, and a line to a box: from the middle of one of its sides, or another place."""
@@ -240,10 +244,9 @@ def priors_center():
     scene = Scene(canvas, BOATS, 20, 20, 370, 370, faded=True)
     draw_grid(scene, 5, tile=(2, 2))
     priors = priors_at('conv9_2', 2, 2)
-    corners = ('bottom left', 'top right', 'bottom left', 'top left', 'bottom right', 'top left')
     scene.boxes(cxcy_to_xy(priors), RED)
-    for i, (xy, corner) in enumerate(zip(cxcy_to_xy(priors).tolist(), corners), start=1):
-        scene.label(xy, RED, str(i), corner)
+    for i, xy in enumerate(cxcy_to_xy(priors).tolist(), start=1):
+        scene.label(xy, RED, str(i))
     rows = [[str(i), ratio, f'{w:.2f}', f'{h:.2f}']
             for i, (ratio, (w, h)) in enumerate(zip(PRIOR_NAMES, priors[:, 2:].tolist()), start=1)]
     canvas.text(410, 44, 'conv9_2, scale 0.55', title=True)
@@ -288,8 +291,8 @@ def offsets_from_prior():
     offsets = cxcy_to_gcxgcy(xy_to_cxcy(boat), chosen)[0].tolist()
     scene.box(cxcy_to_xy(chosen).tolist(), RED, dashed=True)
     scene.boxes(boat, PURPLE)
-    scene.label(cxcy_to_xy(chosen).tolist(), RED, 'prior', 'bottom left')
-    scene.label(boat[0].tolist(), PURPLE, 'boat', 'top right')
+    scene.label(cxcy_to_xy(chosen).tolist(), RED, 'prior')
+    scene.label(boat[0].tolist(), PURPLE, 'boat')
     (p_x, p_y, p_w, p_h), (c_x, c_y, w, h) = chosen.tolist(), xy_to_cxcy(boat)[0].tolist()
     canvas.arrow(*scene.at(p_x, p_y), *scene.at(c_x, c_y), halo=True)
     canvas.dot(*scene.at(p_x, p_y), RED)
