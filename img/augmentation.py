@@ -56,8 +56,8 @@ def augmentation():
             scene.boxes(crop, AMBER)
         canvas.text(x + 107, y + 238, f'{i + 1}. {name}', anchor='middle', bold=True)
     canvas.text(500, 330, 'Purple: the objects.\nAmber: the crop.\n\n'
-                f'{len(boxes) - len(visible)} of {len(boxes)} objects have\ntheir center outside\n'
-                'of it and are dropped.')
+                f'{len(boxes) - len(visible)} of {len(boxes)} objects have\ntheir center outside it\n'
+                'and are dropped.')
     return canvas
 
 

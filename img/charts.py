@@ -16,7 +16,7 @@ STEPS_PER_EPOCH = -(-16551 // train.batch_size)  # of VOC's trainval 2007 and 20
 def learning_rate():
     """What train.py makes of the learning rate, step by step."""
     canvas = Canvas(height=330)
-    axes = Axes(canvas, 96, 50, 600, 200, (0, train.epochs), (5e-6, 2e-3), log_y=True)
+    axes = Axes(canvas, 96, 50, 600, 200, (0, train.epochs), (5e-6, 3e-3), log_y=True)
     decays = [int(part * train.epochs + 1e-9) for part in train.decay_lr_at]
     axes.ticks_x([0, *decays, train.epochs])
     axes.ticks_y([1e-3, 1e-4, 1e-5], plainly)

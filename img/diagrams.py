@@ -78,7 +78,7 @@ def vgg16():
     for layers in blocks():
         stages.append(Stage([*layers, 'pool 2×2'], layer_shapes()[layers[-1]][0], side))
         side //= 2
-    stages += [Stage(['from 7 × 7:', 'fc6'], 4096, 1), Stage(['fc7'], 4096, 1), Stage(['fc8'], 1000, 1)]
+    stages += [Stage(['fc6', 'on 7 × 7'], 4096, 1), Stage(['fc7'], 4096, 1), Stage(['fc8'], 1000, 1)]
     canvas = Canvas(height=592, width=640)
     draw_stages(canvas, 16, stages[:5], columns=5)
     draw_stages(canvas, 290, stages[5:], columns=5, continued=True)
@@ -99,7 +99,7 @@ def modified_vgg16():
     draw_stages(canvas, 16, stages[:4], columns=4)
     draw_stages(canvas, 316, stages[4:], columns=4, continued=True)
     canvas.rect(24, 644, 30, 25, tint(AMBER, 0.5), corner=3)
-    canvas.text(62, 663, 'the four changes')
+    canvas.text(62, 663, 'changed from VGG-16')
     canvas.text(330, 663, 'blue: used for predictions', BLUE, bold=True)
     return canvas
 
@@ -314,7 +314,7 @@ def reshaping():
     for x, width, columns in ((442, 140, 4), (582, 120, N_CLASSES)):
         canvas.grid(x, 53, width, 330, columns, 1, WHITE)
     canvas.text(512, 410, f'{total} × 4', BLUE, 'middle', bold=True)
-    canvas.text(642, 410, f'{total} × n', INK, 'middle', bold=True)
+    canvas.text(642, 410, f'{total} × {N_CLASSES}', INK, 'middle', bold=True)
     canvas.text(206, 446, 'row by row, tile by tile, prior by prior')
     return canvas
 

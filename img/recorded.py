@@ -206,8 +206,8 @@ def hard_negatives():
         scene.boxes(boxes, color, thin=i > 0)
         canvas.text(x + 107, 220, text, color, 'middle', bold=True)
     trained = f'after {record["epoch"]} epochs' if record['epoch'] else 'before training'
-    canvas.text(360, 258, f'By the scores of the network {trained}: the losses\nof its hard negatives fall from '
-                f'{record["highest_loss"]:.1f} to {record["lowest_loss"]:.1f}', anchor='middle')
+    canvas.text(360, 258, f'Scored by the network {trained}: the losses of these\nhard negatives range from '
+                f'{record["highest_loss"]:.1f} down to {record["lowest_loss"]:.1f}', anchor='middle')
     return canvas
 
 

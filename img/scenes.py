@@ -278,8 +278,8 @@ def priors_neighbors():
         canvas.text(x + 115, 366, f'row {row}, column {column}:\n{overshooting(boxes)} of 6 overshoot', anchor='middle',
                     bold=True)
     all_priors = cxcy_to_xy(network().priors_cxcy)
-    canvas.text(360, 430, f'{overshooting(all_priors)} of all {len(all_priors)} priors overshoot an edge, and stay so',
-                anchor='middle')
+    canvas.text(360, 430, f'{overshooting(all_priors)} of all {len(all_priors)} priors overshoot an edge, '
+                'and stay that way', anchor='middle')
     return canvas
 
 
