@@ -169,8 +169,7 @@ def results_voc():
     canvas.text(20, 420, 'GluonCV: all of VOC, 16,551 training and 4,952 test pictures', bold=True)
     canvas.text(20, 448, f'This code: 4,952 training and {report["images"]:,} test pictures, conv6 and\n'
                 'conv7 from random weights', GREEN, bold=True)
-    classes = list(report['classes'].items())
     for i in (0, 1):
-        draw_classes(canvas, 8 + i * 352, 540, 340, classes[10 * i:10 * i + 10])
+        draw_classes(canvas, 8 + i * 352, 540, 340, list(report['classes'].items())[10 * i:10 * i + 10])
     canvas.text(128, 528, f'average precision (mAP {report["mAP"]:.2f})', bold=True)
     return canvas

@@ -137,7 +137,8 @@ def quick_start_training():
     """The two most confident boxes in one training picture as the quick start goes on."""
     record = read('quick_start')
     path, epochs = HERE / record['picture'], sorted(record['epochs'], key=int)
-    canvas = Canvas(height=20 + -(-len(epochs) // 3) * 276)
+    canvas = Canvas(height=44 + -(-len(epochs) // 3) * 276)
+    canvas.text(360, canvas.height - 18, 'the two most confident boxes after each of these epochs', anchor='middle')
     for i, epoch in enumerate(epochs):
         x, y = 20 + i % 3 * 232, 20 + i // 3 * 276
         canvas.text(x + 107, y + 18, f'epoch {epoch}', anchor='middle', bold=True)
@@ -184,8 +185,7 @@ def score_maps():
                     canvas.rect(x + column * cell, y + row * cell, cell, cell, AMBER, opacity=f'{percent / 100:.2f}')
         canvas.text(x + side / 2, y + side + 26, f'{feature_map.name}: up to {max(map(max, scores)) / 100:.2f}',
                     anchor='middle', bold=True)
-    canvas.text(360, 556, f'amber: score of "{record["scores_of"]}", the highest of each position\'s priors',
-                anchor='middle')
+    canvas.text(360, 556, f'amber: the best score of "{record["scores_of"]}" at each position', anchor='middle')
     return canvas
 
 
