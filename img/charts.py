@@ -7,7 +7,7 @@ import torch
 
 import train
 from scenes import HERE
-from svg import AMBER, BLUE, EDGE, GREEN, GREY, INK, RED, WHITE, Axes, Canvas, tint
+from svg import AMBER, BLUE, EDGE, GREEN, GRAY, INK, RED, WHITE, Axes, Canvas, tint
 from utils import average_precision
 
 STEPS_PER_EPOCH = -(-16551 // train.batch_size)  # of VOC's trainval 2007 and 2012
@@ -60,7 +60,7 @@ def eleven_points():
     rows = [['rank', 'true?', 'precision', 'recall']]
     rows += [[str(i), 'yes' if hit else 'no', f'{found}/{i} = {p:.2f}', f'{found}/{N_OBJECTS} = {r:.2f}']
              for i, hit, found, p, r in zip(rank.tolist(), RANKED, n_true.tolist(), precision, recall)]
-    fills = {(i, 1): tint(GREEN) if hit else tint(GREY) for i, hit in enumerate(RANKED, start=1)}
+    fills = {(i, 1): tint(GREEN) if hit else tint(GRAY) for i, hit in enumerate(RANKED, start=1)}
     canvas.table(14, 20, (52, 58, 122, 114), rows, fills)
     canvas.text(14, 412, f'{len(RANKED)} detections, by falling score,\nof a class that has {N_OBJECTS} objects')
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from model import FEATURE_MAPS, SSD300
 from scenes import BOATS, POOLS, PRIOR_NAMES, Scene, network, prior
-from svg import AMBER, BLUE, EDGE, GREEN, GREY, HAIRLINE, INK, LINE_HEIGHT, RED, WHITE, Canvas, tint
+from svg import AMBER, BLUE, EDGE, GREEN, GRAY, HAIRLINE, INK, LINE_HEIGHT, RED, WHITE, Canvas, tint
 from utils import IMAGE_SIZE, cxcy_to_xy, decimate, label_map
 
 
@@ -37,7 +37,7 @@ class Stage(NamedTuple):
     layers: list[str]  # how it is made
     channels: int
     side: int
-    color: str = GREY
+    color: str = GRAY
     changes: tuple = ()  # which lines of `layers` are other than in VGG-16
 
 
@@ -57,7 +57,7 @@ def draw_stages(canvas, y, stages, columns, continued=False):
             canvas.arrow(previous_end + 2, y + 50, left - 2, y + 50)
         previous_end = right
         canvas.text(center, y + 126, f'{stage.side} × {stage.side}\n× {stage.channels}',
-                    INK if stage.color == GREY else stage.color, 'middle', bold=True)
+                    INK if stage.color == GRAY else stage.color, 'middle', bold=True)
         for line, text in enumerate(stage.layers):
             changed = line in stage.changes
             at_y = y + 184 + line * LINE_HEIGHT
@@ -92,7 +92,7 @@ def modified_vgg16():
         size, _ = POOLS[layers[-1]]
         lines = [*layers, f'pool {size}×{size}', *{3: ['rounding up'], 5: ['stride 1']}.get(block, [])]
         changes = (3, 4) if block in (3, 5) else ()
-        stages.append(Stage(lines, *shapes[layers[-1]], BLUE if block == 4 else GREY, changes))
+        stages.append(Stage(lines, *shapes[layers[-1]], BLUE if block == 4 else GRAY, changes))
     stages += [Stage(['conv6 3×3', 'dilation 6'], *shapes['conv6'], changes=(0, 1)),
                Stage(['conv7 1×1'], *shapes['conv7'], BLUE, (0,))]
     canvas = Canvas(height=690, width=640)
@@ -136,7 +136,7 @@ def ssd300():
         canvas.arrow(x + 53, 56, x + 53, 80)
     for text, first, last in (('base (VGG-16)', 0, 1), ('auxiliary convolutions', 2, 5)):
         left, right = 17 + first * column, 17 + last * column + 106
-        canvas.rect(left, 18, right - left, 34, tint(GREY), GREY, corner=6)
+        canvas.rect(left, 18, right - left, 34, tint(GRAY), GRAY, corner=6)
         canvas.text((left + right) / 2, 41, text, anchor='middle', bold=True)
     canvas.text(17, 410, f'prediction convolutions: {total} × 4 offsets from the priors (blue)\n'
                 f'and {total} × {len(label_map)} class scores (amber)', bold=True)
@@ -161,7 +161,7 @@ def draw_channels(canvas, x, y, values, colors, in_a_row=False):
 
 def fc_as_conv():
     """The same twelve values and twice twelve weights, as a fully connected layer and as a convolution."""
-    generator, grey = torch.Generator().manual_seed(3), [tint(GREY)] * 3
+    generator, gray = torch.Generator().manual_seed(3), [tint(GRAY)] * 3
     image = torch.randint(0, 6, (3, 2, 2), generator=generator).float()
     weights = torch.randint(-2, 4, (2, 12), generator=generator).float()
     as_linear = F.linear(image.flatten(), weights).tolist()  # (2)
@@ -174,7 +174,7 @@ def fc_as_conv():
     for i, output in enumerate(as_linear):
         y = 148 + i * 68
         canvas.text(24, y, f'weights {i}')
-        draw_channels(canvas, 24, y + 10, weights[i], grey, in_a_row=True)
+        draw_channels(canvas, 24, y + 10, weights[i], gray, in_a_row=True)
         canvas.arrow(24 + 12 * CELL + 6, y + 26, 450, y + 26)
         canvas.text(460, y + 33, f'Y{i} = {output:.0f}'.replace('-', '−'), title=True)
 
@@ -185,7 +185,7 @@ def fc_as_conv():
     for i, output in enumerate(as_convolution):
         x = 170 + i * 210
         canvas.text(x, 344, f'filter {i}')
-        draw_channels(canvas, x, 356, weights[i], grey)
+        draw_channels(canvas, x, 356, weights[i], gray)
         canvas.arrow(x + 2 * CELL + 6, 460, x + 2 * CELL + 30, 460)
         canvas.text(x + 2 * CELL + 36, 467, f'Y{i} = {output:.0f}'.replace('-', '−'), title=True)
     if as_linear == as_convolution:
@@ -246,7 +246,7 @@ def prediction_convolutions():
     canvas = Canvas(height=436, width=660)
     channels = FEATURE_MAPS[3].channels
     window = [(TILE[0] + i, TILE[1] + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-    right, bottom = draw_map(canvas, 24, 160, channels, GREY, 24, window)
+    right, bottom = draw_map(canvas, 24, 160, channels, GRAY, 24, window)
     canvas.text(92, bottom + 32, f'conv9_2\n{GRID} × {GRID} × {channels}', anchor='middle', bold=True)
     for y, color, text, count, of in ((54, BLUE, 'localization', f'{N_PRIORS} · 4', N_PRIORS * 4),
                                       (254, AMBER, 'classes', f'{N_PRIORS} · n', N_PRIORS * 21)):

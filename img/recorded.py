@@ -9,7 +9,7 @@ from torchvision.ops import nms
 
 from model import FEATURE_MAPS, SSD300, MultiBoxLoss, load_model
 from scenes import BOATS, HERE, Scene, boats_objects, fractional, network
-from svg import AMBER, BLUE, CHIP_HEIGHT, GREEN, GREY, LINE_HEIGHT, PURPLE, RED, Canvas, chip_width, tint
+from svg import AMBER, BLUE, CHIP_HEIGHT, GREEN, GRAY, LINE_HEIGHT, PURPLE, RED, Canvas, chip_width, tint
 from utils import (find_jaccard_overlap, label_map, load_checkpoint, look_through, picture_size, read_image,
                    replaced_file, require)
 
@@ -199,7 +199,7 @@ def hard_negatives():
     priors = criterion.priors_xy.clamp(0, 1)
     canvas = Canvas(height=304)
     panels = ((boxes, PURPLE, f'{len(boxes)} objects'), (priors[positive], GREEN, f'{positive.sum()} positive priors'),
-              (priors[record['hard']], GREY, f'{len(record["hard"])} hard negatives'))
+              (priors[record['hard']], GRAY, f'{len(record["hard"])} hard negatives'))
     for i, (boxes, color, text) in enumerate(panels):
         x = 20 + i * 232
         scene = Scene(canvas, BOATS, x, 20, 214, faded=i > 0)

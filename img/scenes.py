@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from model import FEATURE_MAPS, SSD300, MultiBoxLoss
-from svg import (AMBER, BLUE, CHIP_HEIGHT, GREEN, GREY, HAIRLINE, INK, PURPLE, RED, STROKE, WHITE, Canvas, chip_width,
+from svg import (AMBER, BLUE, CHIP_HEIGHT, GREEN, GRAY, HAIRLINE, INK, PURPLE, RED, STROKE, WHITE, Canvas, chip_width,
                  tint)
 from utils import (IMAGE_SIZE, cxcy_to_gcxgcy, cxcy_to_xy, find_intersection, find_jaccard_overlap, label_map,
                    picture_size, rev_label_map, xy_to_cxcy)
@@ -418,13 +418,13 @@ def matching_result():
     boxes, labels, priors, overlaps = matching_example()
     loss = MultiBoxLoss(priors)
     classes = loss.match([boxes], [labels])[1][0].tolist()
-    draw_matching(canvas, boxes, priors, [GREEN if label else GREY for label in classes])
+    draw_matching(canvas, boxes, priors, [GREEN if label else GRAY for label in classes])
     fills, rows = {}, [['prior', 'object', 'overlap', 'match', 'class to learn']]
     for i, (label, row) in enumerate(zip(classes, overlaps), start=1):
         overlap, best = row.max(dim=0)
         rows.append([str(i), 'ABCDE'[best] if overlap > 0 else '–', f'{overlap.item():.2f}',
                      'positive' if label else 'negative', rev_label_map[label]])
-        fills |= {(i, column): tint(GREEN if label else GREY, 0.25) for column in (3, 4)}
+        fills |= {(i, column): tint(GREEN if label else GRAY, 0.25) for column in (3, 4)}
     canvas.table(75, 540, (75, 95, 105, 125, 170), rows, fills)
     for i, label in enumerate(classes):
         if label and overlaps[i].max() < loss.threshold:

@@ -18,7 +18,7 @@ BLUE = '#0b66a8'  # localization
 AMBER = '#e69f00'  # classes
 RED = '#c8440c'  # priors
 GREEN = '#047857'  # positive
-GREY = '#6b7280'  # negative
+GRAY = '#6b7280'  # negative
 PURPLE = '#8a3d8f'  # objects
 INK, PAPER, EDGE, WHITE = '#1f2328', '#f6f8fa', '#d0d7de', '#ffffff'
 
@@ -35,7 +35,7 @@ def ink_on(color):
 
 
 def number(value):
-    """Numbers with one digit behind the point at most, so that every computer writes the same file."""
+    """Numbers with one digit after the point at most, so that every computer writes the same file."""
     return f'{round(value, 1) + 0:g}'  # + 0 makes -0.0 to 0
 
 
