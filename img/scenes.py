@@ -429,5 +429,5 @@ def matching_result():
     for i, label in enumerate(classes):
         if label and overlaps[i].max() < loss.threshold:
             canvas.text(60, 836, f'Prior {i + 1} overlaps by less than {loss.threshold}, but is positive:\n'
-                        f'it is the best that {"ABCDE"[overlaps[i].argmax()]} has.')
+                        f'it is the best of these seven for {"ABCDE"[overlaps[i].argmax()]}.')
     return canvas
