@@ -5,9 +5,9 @@
     python train.py --no-pretrained --no-augment --grad_clip 10   # each setting is a flag
     torchrun --nproc_per_node=4 train.py                          # four GPUs, batch_size images each
 
-Needs the data lists of create_data_lists.py. After each epoch it writes checkpoint_ssd300.pth and adds
-a line to training_log.csv, drawn as training_log.png. Every eval_every epochs it measures the mAP and
-keeps the best network so far as best_checkpoint_ssd300.pth. All of them are in output_folder.
+Needs the data lists of create_data_lists.py. After each epoch it writes checkpoint_ssd300.pth and adds a line to
+training_log.csv, drawn as training_log.png. Every eval_every epochs it measures the mAP and keeps the best network
+as best_checkpoint_ssd300.pth. All of them are in output_folder.
 """
 
 import csv
@@ -33,18 +33,19 @@ from utils import (DelayedCtrlC, InputError, autocast, check_label_map, check_pr
 
 # Settings: each annotated constant is also a command-line flag of its name, which changes it for one run.
 
-# Data
+# Data and results
 data_folder: str = 'data'  # where create_data_lists.py put the data lists
+output_folder: str = '.'  # where checkpoints, training_log.csv and training_log.png go
 keep_difficult: bool = True  # train on objects marked as difficult, too; without them faster, but a bit worse
 augment: bool = True  # zoom, crop, mirror and distort colors at random (paper, sections 2.2 and 3.6)
 workers: int = min(4, os.cpu_count() or 1)  # processes that read pictures; 0: the main one reads them itself
+eval_every: int | None = 10  # epochs between measurements of the mAP on the test pictures; None: never
 
 # Model
 pretrained: bool = True  # start from VGG-16 trained on ImageNet; without, from random weights
 freeze: int = 0  # VGG blocks that keep their weights, 0 to 5; 2 or 3 suit small data and small machines
 checkpoint: str | None = None  # checkpoint of a run to go on with; None: a new run
 finetune: str | None = None  # checkpoint whose weights a new run starts from; class heads only if classes agree
-output_folder: str = '.'  # where checkpoints, training_log.csv and training_log.png go
 
 # Learning: sections 3 and 3.6 of the paper; its iterations of 32 images are epochs here
 batch_size: int = 8  # images per step and process; the paper uses 32, the published 77.2 mAP came from 8
@@ -60,16 +61,12 @@ localization: str = 'smooth_l1'  # loss of the boxes, as in the paper; the publi
 precision: str = 'float32'  # 'bfloat16' for hardware that computes in it; 'auto': bfloat16 where that is so
 seed: int = 0  # random seed: on a CPU, the same seed gives the same weights
 
-# Watching
-eval_every: int | None = 10  # epochs between measurements of the mAP on the test pictures; None: never
-
 # With --checkpoint, these are today's; all others are the checkpoint's unless the command line has them.
 PLACE_SETTINGS = {'data_folder', 'workers', 'checkpoint', 'finetune', 'output_folder', 'eval_every'}
 CHECKPOINT_NAME = 'checkpoint_ssd300.pth'
 
 
-def main(given=()):
-    """:param given: names of the settings that the command line has"""
+def main(given=()):  # names of the settings that the command line has
     rank, n_processes, device = join_processes()
     resumed = load_checkpoint(checkpoint) if checkpoint else None
     if resumed:
@@ -82,7 +79,8 @@ def main(given=()):
     dataset = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult, augment, seed)
     model = make_model(dataset.label_map, resumed, rank == 0).to(device, memory_format=torch.channels_last)
     dataset.normalize_for(model)
-    network = share_gradients(model) if n_processes > 1 else model
+    # Several processes train on images of their own, all with the mean of their gradients: so they stay alike.
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True) if n_processes > 1 else model
     criterion = MultiBoxLoss(model.priors_cxcy, localization=localization).to(device)
     optimizer = make_optimizer(model, resumed)
     if eval_every:  # difficult objects included: finding one must not be counted as an error
@@ -157,13 +155,11 @@ def train_epoch(loader, network, criterion, optimizer, epoch, mixed_precision, p
 
 
 def learning_rate(step, steps_per_epoch) -> float:
-    """The learning rate of a step, counted from 0 over all epochs. Since it follows from that and the settings,
-    a resume has nothing to restore."""
+    """The learning rate of a step, counted from 0 over the whole training: a resume has nothing to restore."""
     warmup_steps = min(warmup, steps_per_epoch)
     rate = lr * min(1, (step + 1) / warmup_steps) if warmup_steps else lr
     for part in decay_lr_at:
-        # It falls at the end of an epoch, of 232 after 154 and 193, and never before the first one has
-        # ended. Without the tiny summand, a rounding error could make it an epoch earlier.
+        # At the end of an epoch, of 232 after 154 and 193, but never before the first one's; 1e-9 is for rounding.
         if step // steps_per_epoch >= max(1, int(part * epochs + 1e-9)):
             rate *= decay_lr_to
     return rate
@@ -178,15 +174,10 @@ def make_model(label_map, resumed, is_main):
         load_weights(model, resumed, checkpoint)
     elif finetune:
         start_from_checkpoint(model, finetune, label_map)
-    elif pretrained and is_main:  # the other processes get the first one's weights in share_gradients()
+    elif pretrained and is_main:  # the others get its weights
         model.base.load_pretrained_layers()
     model.base.freeze_blocks(freeze)
     return model
-
-
-def share_gradients(model):
-    """The network as one of several processes trains it: with the mean of their gradients, so all stay alike."""
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def make_optimizer(model, resumed):
@@ -202,9 +193,8 @@ def make_optimizer(model, resumed):
 
 def check_weights(model, epoch):
     """A loss tells of the weights before its step: what the last step has made of them is yet to be checked."""
-    require(all(parameter.isfinite().all() for parameter in model.parameters()),
-            f'the weights are no longer finite after epoch {epoch + 1}, though its losses are: try --grad_clip 10 '
-            'or a lower lr; checkpoints are untouched')
+    require(all(parameter.isfinite().all() for parameter in model.parameters()), 'the weights are no longer finite '
+            f'after epoch {epoch + 1}: try --grad_clip 10 or a lower lr; checkpoints are untouched')
 
 
 class Progress:
@@ -218,8 +208,7 @@ class Progress:
         self.bar = tqdm(total=len(loader), desc=f'Epoch {epoch + 1}/{epochs}', unit='step', disable=files is None)
 
     def update(self, parts, n_images, rate):
-        """Takes note of a step: the two parts of its loss (2), still on their device, its number of images, and
-        its learning rate. Stops after Ctrl-C, unless this was the last step: then the epoch is worth saving."""
+        """Takes note of a step: both parts of its loss (2), its number of images, and its learning rate."""
         self.unread.append(parts)
         self.n_images += n_images * self.n_processes
         self.rate = rate
@@ -227,7 +216,7 @@ class Progress:
         last = len(self.losses) + len(self.unread) == len(self.loader)
         if last or len(self.unread) == self.read_every:
             self.read()
-        if self.ctrl_c.pressed and not last:
+        if self.ctrl_c.pressed and not last:  # after the last step, the epoch is worth saving
             raise KeyboardInterrupt
 
     def read(self):
@@ -250,11 +239,11 @@ class Progress:
         """Ends the training at a loss that isn't finite: from there on, the weights aren't either."""
         if math.isfinite(sum(own_loss)):
             sys.exit()  # the loss is that of another process, which reports it
-        step = len(self.losses)
-        pictures = ', '.join(self.loader.dataset.images[i] for i in self.loader.batch_sampler[step - 1])
-        raise InputError(f'the loss is no longer finite in epoch {self.epoch + 1}, step {step} (confidence '
-                         f'{own_loss[0]:g}, localization {own_loss[1]:g}; pictures: {pictures}): look at these '
-                         "pictures' boxes, or try --grad_clip 10 or a lower lr; checkpoints are untouched")
+        batch = self.loader.batch_sampler[len(self.losses) - 1]
+        pictures = ', '.join(self.loader.dataset.images[i] for i in batch)
+        raise InputError(f'the loss is no longer finite in epoch {self.epoch + 1}, step {len(self.losses)} '
+                         f'(confidence {own_loss[0]:g}, localization {own_loss[1]:g}; pictures: {pictures}): look at '
+                         "these pictures' boxes, or try --grad_clip 10 or a lower lr; checkpoints are untouched")
 
     def summary(self, losses) -> dict:
         """A line of the log: the mean of some of the epoch's losses, and how training goes."""
@@ -265,18 +254,21 @@ class Progress:
 
 
 class RunFiles:
-    """What a run leaves in output_folder: its last and its best checkpoint, its log, and a picture of that. And
-    what TensorBoard reads, where that is installed."""
+    """The files of a run in output_folder: checkpoints, the log, its picture, and TensorBoard's if it is installed."""
 
     def __init__(self, first_epoch):
         self.checkpoint, self.best, self.log, self.picture = paths = [Path(output_folder, name) for name in (
             CHECKPOINT_NAME, f'best_{CHECKPOINT_NAME}', 'training_log.csv', 'training_log.png')]
         left = [path for path in paths if path.exists()]
         if left and not (checkpoint and Path(checkpoint).resolve() == self.checkpoint.resolve()):
-            keep_previous_run(left)
-        text = self.log.read_text() if self.log.exists() else ''
-        self.lines = [line for line in csv.DictReader(text.splitlines())
-                      if int(line['epoch']) <= first_epoch]  # later ones come from before a resume
+            folders = (Path(output_folder, f'previous_run_{number}') for number in itertools.count(1))
+            folder = next(folder for folder in folders if not folder.exists())
+            folder.mkdir()  # a new run overwrites nothing: it may be the work of days
+            for path in left:
+                path.rename(folder / path.name)
+            print(f'What an earlier run left in {output_folder} is now in {folder}')
+        lines = csv.DictReader(self.log.read_text().splitlines()) if self.log.exists() else ()
+        self.lines = [line for line in lines if int(line['epoch']) <= first_epoch]  # later ones are done again
         try:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(Path(output_folder, 'runs'))
@@ -309,18 +301,7 @@ class RunFiles:
         rows = [self.lines[-1], *(line.values() for line in self.lines)]  # the names of the columns, then the lines
         with replaced_file(self.log) as file:
             file.write(''.join(','.join(map(str, row)) + '\n' for row in rows).encode())
-        with replaced_file(self.picture) as file:
-            draw_log(self.lines).save(file, 'PNG')
-
-
-def keep_previous_run(paths):
-    """Moves what an earlier run has left to a folder of its own: it may be the work of days."""
-    folders = (Path(output_folder, f'previous_run_{number}') for number in itertools.count(1))
-    folder = next(folder for folder in folders if not folder.exists())
-    folder.mkdir()
-    for path in paths:
-        path.rename(folder / path.name)
-    print(f'What an earlier run left in {output_folder} is now in {folder}')
+        draw_log(self.lines).save(self.picture)
 
 
 def take_over_settings(resumed, given):
@@ -331,10 +312,10 @@ def take_over_settings(resumed, given):
     before = {**today, **resumed['settings']}  # an older checkpoint lacks the newest settings
     if any(part > 1 for part in before['decay_lr_at']):  # or counts epochs
         before['decay_lr_at'] = [epoch / before['epochs'] for epoch in before['decay_lr_at']]
-    for name in today:
-        if name not in PLACE_SETTINGS | set(given):
+    for name in sorted(today.keys() - PLACE_SETTINGS):
+        if name not in given:
             setattr(sys.modules[__name__], name, before[name])
-        elif name not in PLACE_SETTINGS and before[name] != today[name]:
+        elif before[name] != today[name]:
             print(f'{name} is {today[name]} from now on; the checkpoint had {before[name]}')
     require(resumed['epoch'] < epochs, f"checkpoint '{checkpoint}' has {resumed['epoch']} epochs behind it already: "
                                        'set epochs to more than that')
@@ -344,9 +325,10 @@ def check_settings():
     require(not (checkpoint and finetune), 'set checkpoint to go on with a run, or finetune for a new one, not both')
     require(not freeze or pretrained or finetune or checkpoint,
             'freeze would keep random weights as they are: set pretrained, finetune or checkpoint')
-    for name, value, least in (('batch_size', batch_size, 1), ('epochs', epochs, 1), ('workers', workers, 0),
-                               ('lr', lr, 0), ('momentum', momentum, 0), ('weight_decay', weight_decay, 0)):
-        require(value >= least, f'{name} must be at least {least}, not {value}')
+    require(batch_size >= 1, f'batch_size must be at least 1, not {batch_size}')
+    require(epochs >= 1, f'epochs must be at least 1, not {epochs}')
+    require(workers >= 0, f'workers must be 0 or more, not {workers}')
+    require(lr > 0, f'lr must be greater than 0, not {lr}')
     require(grad_clip is None or grad_clip > 0, f'grad_clip must be None or greater than 0, not {grad_clip}')
     require(all(0 < part <= 1 for part in decay_lr_at),
             f'decay_lr_at must be parts of the training, like 0.667 for two thirds, not {decay_lr_at}')
