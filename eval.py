@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from datasets import PascalVOCDataset
 from model import load_model
-from utils import (area_under_curve, autocast, average_precision, calculate_mAP, check_label_map, check_precision,
+from utils import (autocast, average_precision, calculate_mAP, check_label_map, check_precision,
                    ignore_ctrl_c, join_processes, label_map, make_folder, make_label_colors, mean_of_classes,
                    picture_size, rank_detections, replaced_file, require, run_script, several_processes)
 
@@ -145,6 +145,16 @@ def make_report(ranked, report_threshold) -> dict:
     means = {f'm{name}': mean_of_classes(row[name] for row in classes.values())
              for name in ('AP', 'AP_area', 'AP_50_95')}
     return {**means, 'report_threshold': report_threshold, 'classes': classes}
+
+
+def area_under_curve(true, n_objects) -> float:
+    """The average precision of VOC 2010 and later: the area under the precision–recall curve, made to fall
+    monotonously. The arguments are those of `average_precision`, whose value is about 2 points lower on VOC."""
+    if n_objects == 0:
+        return math.nan
+    precision = true.cumsum(dim=0).double() / torch.arange(1, len(true) + 1, device=true.device)  # (d)
+    highest = precision.flip(0).cummax(dim=0).values.flip(0)  # (d): at this recall or a higher one
+    return highest[true].sum().item() / n_objects  # each true detection raises the recall by 1 / n_objects
 
 
 def print_report(report):

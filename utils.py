@@ -8,8 +8,8 @@ Three forms of a box occur, always as the last dimension (of size 4) of a tensor
 - center-size coordinates (c_x, c_y, w, h), "cxcy";
 - offsets (g_c_x, g_c_y, g_w, g_h) of such a box from a prior, "gcxgcy".
 
-Coordinates are fractions of the picture's width and height, but for the annotations and the input of
-`transform`: those count pixels ("absolute" coordinates).
+Coordinates are fractions of the picture's width and height. Only annotations and the input of `transform`
+count pixels ("absolute" coordinates).
 """
 
 import argparse
@@ -41,7 +41,13 @@ from tqdm import tqdm
 
 class InputError(Exception):
     """Something that the user gave is missing, unreadable or wrong. The message is one sentence that names
-    it and says what to do; `run_script` prints it instead of a traceback."""
+    it and says what to do. `run_script` prints it instead of a traceback."""
+
+
+def require(condition, message):
+    """Raises InputError with the message unless the condition holds."""
+    if not condition:
+        raise InputError(message)
 
 
 # ------------------------------------------------------------------------------------------------ labels
@@ -88,29 +94,28 @@ def cxcy_to_xy(cxcy):
 def cxcy_to_gcxgcy(cxcy, priors_cxcy):
     """Offsets (…, 4) of boxes (…, 4) from their priors (…, 4), both in center-size coordinates.
 
-    The distance of the centers is told in units of the prior's size, the size as the logarithm of its ratio
-    to the prior's. The factors 10 and 5 aren't in the paper: they are the "variances" 0.1 and 0.2 of the
-    authors' Caffe code, which bring all four offsets to about the same spread.
+    The distance of the centers is measured in units of the prior's size, the size as the logarithm of its
+    ratio to the prior's. The factors 10 and 5 aren't in the paper: they are the "variances" 0.1 and 0.2 of
+    the authors' Caffe code, which bring all four offsets to about the same spread.
     """
     return torch.cat(((cxcy[..., :2] - priors_cxcy[..., :2]) / (priors_cxcy[..., 2:] / 10),  # g_c_x, g_c_y
                       torch.log(cxcy[..., 2:] / priors_cxcy[..., 2:]) * 5), dim=-1)  # g_w, g_h
 
 
-# The largest log(w / ŵ) that is decoded, as in torchvision: 62.5 times the prior, far beyond any image. Without a
-# limit, exp() would let one wild prediction grow beyond what floating-point numbers can hold.
+# The largest log(w / ŵ) that is decoded, as in torchvision: 62.5 times the prior, far beyond any image.
+# Without a limit, exp() could turn one wild prediction into infinity.
 MAX_LOG_RATIO = math.log(1000 / 16)
 
 
 def gcxgcy_to_cxcy(gcxgcy, priors_cxcy):
-    """The inverse of `cxcy_to_gcxgcy`: offsets (…, 4) back to center-size coordinates (…, 4). No box gets
-    more than 62.5 times as wide or high as its prior."""
+    """The inverse of `cxcy_to_gcxgcy`: offsets (…, 4) back to center-size coordinates (…, 4)."""
     log_ratio = (gcxgcy[..., 2:] / 5).clamp(max=MAX_LOG_RATIO)
     return torch.cat((gcxgcy[..., :2] * priors_cxcy[..., 2:] / 10 + priors_cxcy[..., :2],  # c_x, c_y
                       torch.exp(log_ratio) * priors_cxcy[..., 2:]), dim=-1)  # w, h
 
 
 def find_intersection(set_1, set_2):
-    """Areas (…, n1, n2) of what each box of (…, n1, 4) shares with each of (…, n2, 4); boundary coordinates."""
+    """The area (…, n1, n2) that each box of (…, n1, 4) shares with each of (…, n2, 4); boundary coordinates."""
     lower = torch.maximum(set_1[..., :, None, :2], set_2[..., None, :, :2])  # (…, n1, n2, 2)
     upper = torch.minimum(set_1[..., :, None, 2:], set_2[..., None, :, 2:])  # (…, n1, n2, 2)
     width, height = (upper - lower).clamp(min=0).unbind(dim=-1)  # 0 where the boxes don't meet
@@ -140,14 +145,12 @@ OBJECT_TAGS = ('name', 'bndbox/xmin', 'bndbox/ymin', 'bndbox/xmax', 'bndbox/ymax
 def parse_annotation(annotation_path, label_map=label_map, unknown_labels=None, size=None) -> dict[str, list]:
     """The objects in an annotation file of VOC's format.
 
-    :param unknown_labels: a Counter, to which labels outside the label map are added; their objects are
-        left out
+    :param unknown_labels: a Counter of labels outside the label map, whose objects are left out
     :param size: width and height of the picture, at whose edges boxes are cut; None: they stay as they are
     :return: {'boxes': [[x_min, y_min, x_max, y_max], …] in pixels counted from 0, 'labels': [class index,
         …], 'difficulties': [0 or 1, …]}
 
-    Boxes without area are left out with a warning. A file that is missing or isn't such an annotation
-    raises InputError.
+    Boxes without area are left out with a warning. Raises InputError if the file can't be read.
     """
     index_of = {label.lower(): index for label, index in label_map.items() if index > 0}
     objects = {'boxes': [], 'labels': [], 'difficulties': []}
@@ -159,95 +162,93 @@ def parse_annotation(annotation_path, label_map=label_map, unknown_labels=None, 
             label, *sides = texts = [element.findtext(tag, default='').strip() for tag in OBJECT_TAGS]
             if '' in texts:
                 raise ValueError(f'an object without {OBJECT_TAGS[texts.index("")]}')
-            box = [float(side) - 1 for side in sides]  # VOC counts pixels from 1
+            x_min, y_min, x_max, y_max = (float(side) - 1 for side in sides)  # VOC counts pixels from 1
             if size:
-                box = [*(max(low, 0) for low in box[:2]), *(min(high, end - 1) for high, end in zip(box[2:], size))]
+                x_min, y_min = max(x_min, 0), max(y_min, 0)
+                x_max, y_max = min(x_max, size[0] - 1), min(y_max, size[1] - 1)
             if label.lower() not in index_of:
                 if unknown_labels is not None:
                     unknown_labels[label] += 1
-            elif not (box[2] - box[0] >= 0.01 and box[3] - box[1] >= 0.01):  # float32 would make less nothing
-                warnings.warn(f"'{annotation_path}': left out a {label} whose box has no area in the picture "
-                              f'(xmin, ymin, xmax, ymax: {", ".join(sides)})')
-            else:
-                objects['boxes'].append(box)
+            elif x_max - x_min >= 0.01 and y_max - y_min >= 0.01:  # less could become 0 in float32
+                objects['boxes'].append([x_min, y_min, x_max, y_max])
                 objects['labels'].append(index_of[label.lower()])
                 objects['difficulties'].append(int(element.findtext('difficult', '0').strip() == '1'))
+            else:
+                warnings.warn(f"'{annotation_path}': left out a {label} whose box has no area in the picture "
+                              f'(xmin, ymin, xmax, ymax: {", ".join(sides)})')
     except (OSError, ElementTree.ParseError, ValueError) as error:
-        raise InputError(f"annotation '{annotation_path}' can't be read ({error}): repair it, or take its name out of "
-                         'the list in ImageSets/Main') from None
+        raise InputError(f"annotation '{annotation_path}' can't be read ({error}): repair it, or take its name "
+                         'out of the list in ImageSets/Main') from None
     return objects
 
 
 @contextmanager
 def opened_picture(path):
-    """The picture in a file, as Pillow opens it. Everything that Pillow raises for one that can't be read becomes one
-    InputError that names the file."""
+    """The picture in a file, as Pillow opens it. Raises InputError, naming the file, if it can't be read."""
     try:
         with Image.open(path) as image:
             yield image
     except FileNotFoundError:
-        raise InputError(f"picture '{path}' isn't there: copy it there, or make the data lists again without "
-                         'it') from None
+        raise InputError(f"picture '{path}' isn't there: copy it there, or make the data lists again "
+                         'without it') from None
     except Exception as error:  # each of Pillow's formats raises others
         raise InputError(f"picture '{path}' can't be read ({error}): replace it, or leave it out") from None
 
 
 def read_image(path) -> Image.Image:
-    """The picture in a file, upright and in mode RGB, whatever mode it was saved in.
-
-    Phones save a photo as the sensor saw it, with the turn to be made in its EXIF data. Raises InputError,
-    naming the file, if it can't be read.
-    """
+    """The picture in a file, upright and in mode RGB. Raises InputError if it can't be read."""
     with opened_picture(path) as image:
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith('I'):  # 16 bits a pixel: Pillow's own conversion would cut off, not scale
+        ImageOps.exif_transpose(image, in_place=True)  # phones save photos unturned, with a note how to turn them
+        if image.mode.startswith('I'):  # 16 bits a pixel, which Pillow itself would clip instead of scale
             image = image.convert('I').point(lambda value: value / 256).convert('L')
         return image.convert('RGB')
 
 
 def picture_size(path) -> tuple[int, int]:
-    """Width and height in pixels of the picture that `read_image` would give, from the file's header alone."""
+    """Width and height of the picture that `read_image` would give, from the file's header alone."""
     with opened_picture(path) as image:
         on_its_side = image.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF's orientation
         return image.size[::-1] if on_its_side else image.size
 
 
 def read_split(voc_path, split, label_map, unknown_labels) -> list[tuple[str, tuple[int, int], dict]]:
-    """The pictures of one split ('trainval' or 'test') of a folder in VOC's layout: of each, its absolute path, its
-    size (width, height) in pixels, and its objects."""
+    """(absolute path, (width, height), objects) of each picture in one split, 'trainval' or 'test', of a
+    folder in VOC's layout. Raises InputError if anything of it is missing or broken."""
     voc_path = Path(voc_path).resolve()
-    require(voc_path.is_dir(), f"VOC folder '{voc_path}' isn't there: set the path to where VOC lies, or set download")
+    require(voc_path.is_dir(),
+            f"VOC folder '{voc_path}' isn't there: set the path to where VOC lies, or set download")
     list_path = voc_path / 'ImageSets' / 'Main' / f'{split}.txt'
     try:
         # utf-8-sig: Windows' editors put an invisible mark before the first name.
-        names = [line.strip() for line in list_path.read_text(encoding='utf-8-sig').splitlines() if line.strip()]
+        lines = list_path.read_text(encoding='utf-8-sig').splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"'{list_path}', the list of pictures, can't be read ({error}): is '{voc_path}' a whole "
                          "folder in VOC's layout, with 2007 test extracted over 2007 trainval?") from None
+    names = [line.strip() for line in lines if line.strip()]
     require(names, f"'{list_path}' names no picture: write a picture's name without .jpg on each line")
 
     pictures = []
     for name in tqdm(names, desc=f'{voc_path.name} {split}', unit=' pictures'):
-        path = voc_path / 'JPEGImages' / f'{name}.jpg'
+        path, annotation_path = voc_path / 'JPEGImages' / f'{name}.jpg', voc_path / 'Annotations' / f'{name}.xml'
         size = picture_size(path)
-        objects = parse_annotation(voc_path / 'Annotations' / f'{name}.xml', label_map, unknown_labels, size)
-        pictures.append((str(path), size, objects))
+        pictures.append((str(path), size, parse_annotation(annotation_path, label_map, unknown_labels, size)))
     return pictures
 
 
 def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, skip_empty=False):
-    """Reads VOC's annotations and writes what PascalVOCDataset reads, as five JSON files.
+    """Reads VOC's annotations and writes five JSON files for PascalVOCDataset.
 
-    TRAIN_images.json and TEST_images.json list the pictures' absolute paths; TRAIN_objects.json and
-    TEST_objects.json give, at the same place of their list, the objects in the picture as `parse_annotation`
-    returns them; label_map.json is the label map with which they are encoded.
+    TRAIN_images.json and TEST_images.json list the pictures' absolute paths. TRAIN_objects.json and
+    TEST_objects.json list, in the same order, their objects as `parse_annotation` returns them.
+    label_map.json is the label map.
 
-    The training data are the split trainval of voc07_path and of voc12_path, which may be None, a folder or a list of
-    folders; the test data are the split test of voc07_path. Folders with other labels than VOC's will do as well, if
-    their layout is VOC's. With skip_empty, training pictures without an object of the labels are left out. Raises
-    InputError before anything is written if a folder, file or picture is missing or broken.
+    :param voc07_path: folder in VOC's layout; its split trainval is for training, its split test for testing
+    :param voc12_path: another folder, or a list of them, whose trainval is for training as well; or None
+    :param labels: names of the classes, VOC's or others
+    :param skip_empty: leave out training pictures without an object of these classes
+    :return: the training objects: boxes in fractional boundary coordinates (n, 4), labels (n)
 
-    :return: the objects of the training data: boxes in fractional boundary coordinates (n, 4), labels (n)
+    Raises InputError, before anything is written, if a folder, file or picture is missing or broken.
     """
     labels, unknown_labels = [label.strip() for label in labels], Counter()
     require(labels and all(labels) and len({'background', *map(str.lower, labels)}) == len(labels) + 1,
@@ -276,15 +277,14 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
 
 
 def write_data_lists(output_folder, label_map, **pictures):
-    """Writes label_map.json and the two lists of each split, whose pictures are given as `read_split` returns them;
-    says how many there are."""
+    """Writes label_map.json and the two lists of each split, given as {split: what `read_split` returns}."""
     files = {'label_map': label_map}
     for split in pictures:
         files[f'{split}_images'], _, files[f'{split}_objects'] = zip(*pictures[split])
         n_objects = sum(len(objects['boxes']) for objects in files[f'{split}_objects'])
         print(f'{split}: {len(pictures[split]):,} images with {n_objects:,} objects')
     make_folder(output_folder)
-    with ExitStack() as stack:  # which puts the files in place when all five are written: never old beside new ones
+    with ExitStack() as stack:  # no file is replaced before all are written: never old ones beside new ones
         for name, content in files.items():
             file = stack.enter_context(replaced_file(Path(output_folder, f'{name}.json')))
             file.write(json.dumps(content).encode())
@@ -307,11 +307,12 @@ IMAGENET_STD = [0.229, 0.224, 0.225]
 def shift_hue(image, shift):
     """Turns the hue of an image (3, height, width) with values in [0, 1] by a fraction of the color circle.
 
-    The result is that of torchvision's adjust_hue, which takes several times as long. On the circle, from 0 to 6, red
-    lies at 0, green at 2 and blue at 4; a channel is high within 1 of its place and low beyond 2, whatever the hue.
+    Does what torchvision's adjust_hue does, several times faster. On the circle, from 0 to 6, red lies at 0,
+    green at 2 and blue at 4; whatever the hue, a channel is high within 1 of its place and low beyond 2.
     """
-    red, green, blue = image  # (height, width) each, like all that follows
-    high, low = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
+    red, green, blue = image  # each (height, width), like everything up to the last line
+    high = torch.maximum(torch.maximum(red, green), blue)
+    low = torch.minimum(torch.minimum(red, green), blue)
     chroma = high - low
     hue = torch.where(high == red, green - blue,
                       torch.where(high == green, blue - red + 2 * chroma, red - green + 4 * chroma))
@@ -322,21 +323,22 @@ def shift_hue(image, shift):
                         low + chroma * (2 - (hue - 4).abs()).clamp(0, 1)))  # (3, height, width)
 
 
-DISTORTIONS = ((TF.adjust_brightness, 0.5, 1.5), (TF.adjust_contrast, 0.5, 1.5), (TF.adjust_saturation, 0.5, 1.5),
-               (shift_hue, -18 / 255, 18 / 255))  # function and range of its factor, as in the Caffe code
+# Functions and the ranges of their factors, as in the Caffe code.
+DISTORTIONS = ((TF.adjust_brightness, 0.5, 1.5), (TF.adjust_contrast, 0.5, 1.5),
+               (TF.adjust_saturation, 0.5, 1.5), (shift_hue, -18 / 255, 18 / 255))
 
 
 def photometric_distort(image):
-    """Changes brightness, contrast, saturation and hue of an image (3, height, width) with values in [0, 1], in place
-    and at random: each with a chance of 50 %, in random order."""
+    """Changes brightness, contrast, saturation and hue of an image (3, height, width) with values in [0, 1]
+    in place: each with a chance of 50 %, in random order."""
     for adjust, low, high in random.sample(DISTORTIONS, len(DISTORTIONS)):
         if random.random() < 0.5:
             image.copy_(adjust(image, random.uniform(low, high)))
 
 
 def zoom_out(width, height) -> tuple[int, int, int, int]:
-    """A window 1 to 4 times as wide and high as a picture, which lies at a random place inside it. Trains for
-    small objects (paper, section 3.6)."""
+    """A window 1 to 4 times as wide and high as a picture, which lies at a random place inside it. Makes the
+    network learn small objects (paper, section 3.6)."""
     scale = random.uniform(1, 4)
     window_width, window_height = int(scale * width), int(scale * height)
     left = random.randint(0, window_width - width)
@@ -345,24 +347,24 @@ def zoom_out(width, height) -> tuple[int, int, int, int]:
 
 
 def random_crop(window, boxes):
-    """Zooms in: a smaller window inside the given one. Trains for large and for partly visible objects (paper,
-    section 2.2, "data augmentation").
+    """Zooms in: a smaller window inside the given one. Makes the network learn large objects and parts of
+    objects (paper, section 2.2, "data augmentation").
+
+    Objects whose center is outside are dropped; one of those that stay overlaps with the crop by at least a
+    minimum, chosen at random. In one of seven choices, or without objects, the window stays as it is.
 
     :param boxes: objects in the picture's absolute boundary coordinates (n, 4)
     :return: the window; the boxes in it (m, 4), cut at its edges; which of the n objects they are, bool (n)
-
-    The window is left as it is with a chance of 1 in 7 per round, or if there are no objects. Otherwise at
-    least one object stays in it: objects whose center is outside are dropped, and one of those that stay
-    overlaps with the crop at least as much as the minimum, which is chosen at random.
     """
-    start, size = torch.tensor(window[:2]), torch.tensor(window[2:]) - torch.tensor(window[:2])
+    start, end = torch.tensor(window).view(2, 2)  # (2): left and top; (2): right and bottom
+    size = end - start  # (2): width and height
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2  # (n, 2)
     while True:
         min_overlap = random.choice((None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9))
         if min_overlap is None or len(boxes) == 0:
             return window, boxes, torch.ones(len(boxes), dtype=torch.bool)
 
-        # Fifty tries, then another minimum. All tries are made at once; the first good one counts.
+        # Fifty tries, all made at once, of which the first good one counts. None is good: another minimum.
         crop_size = (size * torch.empty(50, 2).uniform_(0.3, 1)).long()  # (50, 2): width and height
         room = size - crop_size  # (50, 2)
         first = start + (torch.rand(50, 2) * (room + 1)).long().minimum(room)  # (50, 2): left and top
@@ -380,13 +382,13 @@ def random_crop(window, boxes):
 
 
 def look_through(image, window=None, mirror=False, distort=False, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """What a window shows of a picture, as the network wants it: (3, 300, 300), RGB in [0, 1] normalized by mean and
-    standard deviation.
+    """What a window shows of a picture, as the network wants it.
 
     :param image: PIL image, mode RGB
     :param window: (left, top, right, bottom) in the image's pixels; None: the whole image
     :param mirror: mirror it left to right
     :param distort: change its colors at random
+    :return: (3, 300, 300), RGB in [0, 1] normalized by mean and standard deviation
     """
     left, top, right, bottom = window or (0, 0, *image.size)
     visible = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
@@ -403,11 +405,11 @@ def look_through(image, window=None, mirror=False, distort=False, mean=IMAGENET_
         part = ImageOps.mirror(part)
         x1, x2 = IMAGE_SIZE - x2, IMAGE_SIZE - x1
 
-    # Around the picture lies the mean color, which normalization makes 0. The picture itself is changed where it lies:
-    # every copy of it would be a megabyte, which takes longer to get from the system than to fill.
+    # Around the picture lies the mean color, which normalization makes 0. The picture itself is changed in
+    # place: getting memory for copies, of a megabyte each, would take longer than filling them.
     canvas = torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)
-    pixels = canvas[:, y1:y2, x1:x2]  # (3, y2 − y1, x2 − x1): a view of its place
-    pixels.copy_(TF.pil_to_tensor(part)).div_(255)  # the same, in [0, 1]
+    pixels = canvas[:, y1:y2, x1:x2]  # (3, y2 − y1, x2 − x1), a view
+    pixels.copy_(TF.pil_to_tensor(part)).div_(255)  # in [0, 1]
     if distort:
         photometric_distort(pixels)
     TF.normalize(pixels, mean, std, inplace=True)
@@ -419,12 +421,11 @@ def transform(image, boxes, labels, difficulties, split, mean=IMAGENET_MEAN, std
 
     :param image: PIL image, mode RGB
     :param boxes: absolute boundary coordinates, float (n, 4); a side's last pixel belongs to the object
-    :param labels: (n)
-    :param difficulties: (n)
+    :param labels, difficulties: (n) each
     :param split: 'TRAIN' zooms out, crops, mirrors and distorts colors; 'TEST' only resizes
     :param mean, std: with which the network wants images normalized, RGB in [0, 1]
-    :return: image (3, 300, 300), boxes in fractional boundary coordinates (m, 4), labels (m), difficulties (m);
-        a crop may drop objects, but never all of them. What was passed in stays as it was.
+    :return: image (3, 300, 300), boxes in fractional boundary coordinates (m, 4), labels (m), difficulties
+        (m); a crop may drop objects, but never all of them. What was passed in stays as it was.
     """
     if split not in ('TRAIN', 'TEST'):
         raise ValueError(f"split must be 'TRAIN' or 'TEST', not {split!r}")
@@ -443,7 +444,7 @@ def transform(image, boxes, labels, difficulties, split, mean=IMAGENET_MEAN, std
     boxes = boxes - torch.tensor([left, top, left, top])  # the window's own pixel coordinates
     if mirror:
         x_min, y_min, x_max, y_max = boxes.unbind(dim=1)
-        # Pixel 0 becomes the last one, width − 1; and what was the right side is now the left one.
+        # Pixel 0 becomes the last one, width − 1, and the right side the left one.
         boxes = torch.stack((width - 1 - x_max, y_min, width - 1 - x_min, y_max), dim=1)
     boxes = boxes / torch.tensor([width, height, width, height])  # fractional
     return image, boxes, labels, difficulties
@@ -455,15 +456,13 @@ def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
                      min_overlaps=(0.5,)):
     """Tells true from false detections by the rules of VOC 2007's development kit.
 
-    The first six arguments are those of `calculate_mAP`. A detection finds, among the objects of its picture and
-    class, the one that it overlaps most, if by more than a smallest overlap, 0.5 in VOC. Of several detections
-    that find the same object, the one with the highest score is true and the others are false; those that find a
-    difficult object count neither way and are left out.
+    Of the objects of its picture and class, a detection finds the one that it overlaps most, if by more than
+    a smallest overlap, 0.5 in VOC. Of several detections that find the same object, the one with the highest
+    score is true and the others are false. Those that find a difficult object don't count and are left out.
 
-    :return: a list with, for each smallest overlap, the detections that count, by falling score: labels (d),
-        scores (d), whether true, bool (d)
+    :return: for each smallest overlap, the detections that count, by falling score: labels (d), scores (d),
+        whether true, bool (d). The first six arguments are those of `calculate_mAP`.
     """
-    # One overlap matrix per picture, whatever the number of smallest overlaps.
     overlaps, found, n_objects = [], [], 0  # of each detection: its highest overlap, and the object's number
     for boxes, labels, objects, object_labels in zip(det_boxes, det_labels, true_boxes, true_labels):
         if len(objects) > 0:
@@ -482,10 +481,10 @@ def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
     difficult = torch.cat(true_difficulties).bool()  # (n_objects)
     matches = []
     for min_overlap in min_overlaps:
-        rank, = (overlaps > min_overlap).nonzero(as_tuple=True)  # of the detections that find an object
-        objects = found[rank]
-        first = torch.full((n_objects,), len(scores), device=rank.device)  # rank of each object's first detection
-        first = first.scatter_reduce(0, objects, rank, 'amin')
+        rank, = (overlaps > min_overlap).nonzero(as_tuple=True)  # (f): of the detections that find an object
+        objects = found[rank]  # (f): which one
+        first = torch.full((n_objects,), len(scores), device=rank.device)
+        first = first.scatter_reduce(0, objects, rank, 'amin')  # (n_objects): rank of the first to find it
         true = torch.zeros_like(labels, dtype=torch.bool).scatter(0, rank, rank == first[objects])  # (D)
         counts = torch.ones_like(true).scatter(0, rank, ~difficult[objects])  # (D)
         matches.append((labels[counts], scores[counts], true[counts]))
@@ -497,38 +496,27 @@ def average_precision(true, n_objects) -> float:
 
     :param true: whether each detection of a class is true, by falling score, bool (d)
     :param n_objects: how many objects there are to be found
-    :return: the mean, over the recalls 0, 0.1, …, 1, of the highest precision at this recall or a higher one; nan
-        if there are no objects
+    :return: the mean, over the recalls 0, 0.1, …, 1, of the highest precision at this recall or a higher one;
+        nan if there are no objects
     """
     if n_objects == 0:
         return math.nan
     n_true = true.cumsum(dim=0)  # (d): after the best 1, 2, …, d detections
     precision = n_true.double() / torch.arange(1, len(true) + 1, device=true.device)  # (d)
-    # Recall n_true / n_objects is compared with t / 10 in whole numbers: 3 of 10 does reach 0.3, which as a
-    # floating-point number it might miss by a rounding error.
+    # Recall n_true / n_objects is compared with t / 10 in whole numbers: rounding errors could keep 3 of 10
+    # from reaching 0.3.
     reached = [precision[10 * n_true >= t * n_objects] for t in range(11)]
     return sum(values.max().item() for values in reached if len(values)) / 11
 
 
-def area_under_curve(true, n_objects) -> float:
-    """The average precision of VOC 2010 and later: the area under the precision–recall curve, made to fall
-    monotonously. The arguments are those of `average_precision`, whose value is about 2 points lower on VOC."""
-    if n_objects == 0:
-        return math.nan
-    precision = true.cumsum(dim=0).double() / torch.arange(1, len(true) + 1, device=true.device)  # (d)
-    highest = precision.flip(0).cummax(dim=0).values.flip(0)  # (d): at this recall or a higher one
-    return highest[true].sum().item() / n_objects  # each true detection raises the recall by 1 / n_objects
-
-
 def rank_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties,
                     label_map=label_map, min_overlaps=(0.5,)) -> list[dict[str, tuple]]:
-    """What the precision and recall of each class follow from. The arguments are those of `match_detections`.
+    """The detections of each class, from which precision and recall follow. Arguments: see `match_detections`.
 
-    :return: for each smallest overlap {label: (scores (d), whether true, bool (d), number of objects to be found)},
-        by falling score; of detections and objects, only those that count. Classes without an object to be found
-        are named in a warning.
+    :return: for each smallest overlap {label: (scores (d), whether true, bool (d), number of objects)}, by
+        falling score, without those that don't count. Classes without objects are named in a warning.
     """
-    countable = torch.cat(true_labels)[~torch.cat(true_difficulties).bool()]  # labels of the objects to be found
+    countable = torch.cat(true_labels)[~torch.cat(true_difficulties).bool()]  # labels of objects that count
     n_objects = {label: int((countable == index).sum()) for label, index in label_map.items() if index > 0}
     missing = [label for label, n in n_objects.items() if n == 0]
     if missing:
@@ -554,19 +542,20 @@ def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, tr
     All arguments but the last are lists with a tensor per picture, of its detections: boxes in boundary
     coordinates (d, 4), labels (d), scores (d); and of its objects: boxes (n, 4), labels (n), difficulties (n).
 
-    :return: {label: AP}, mAP. A class without objects (difficult ones don't count) has no AP: it is nan, stays
-        out of the mean and is named in a warning.
+    :return: {label: AP}, mAP. A class without objects (difficult ones don't count) has no AP: it is nan,
+        stays out of the mean and is named in a warning.
     """
-    ranked, = rank_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties, label_map)
-    average_precisions = {label: average_precision(true, n_objects) for label, (_, true, n_objects) in ranked.items()}
-    return average_precisions, mean_of_classes(average_precisions.values())
+    ranked, = rank_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties,
+                              label_map)
+    precisions = {label: average_precision(true, n) for label, (_, true, n) in ranked.items()}
+    return precisions, mean_of_classes(precisions.values())
 
 
 # ------------------------------------------------------------------------------------------- checkpoints
 
 def make_folder(path):
-    """Makes a folder for results, with those above it, unless it is there. Raises InputError if nothing can be written
-    to it: better now than after hours of training."""
+    """Makes a folder for results. Raises InputError if nothing can be written to it: better now than after
+    hours of training."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -576,8 +565,8 @@ def make_folder(path):
 
 @contextmanager
 def replaced_file(path):
-    """A binary file to write to, which replaces `path` in one step once it is whole and on the disk. Whatever
-    happens in between – an error, a kill, a power cut –, `path` is the old file or the new one."""
+    """A binary file to write to, which replaces `path` once it is whole and on the disk. Even after a kill or
+    a power cut, `path` is the old file or the new one. Raises InputError if it can't be written."""
     path = Path(path)
     temporary = path.with_name(path.name + '.tmp')  # in the same folder: a rename can't cross file systems
     try:
@@ -588,8 +577,8 @@ def replaced_file(path):
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        # What stops torch.save, a full disk or Ctrl-C, is the context of the RuntimeError that comes out of it.
+            temporary.unlink()
+        # A full disk or Ctrl-C within torch.save comes out as a RuntimeError, with the cause as its context.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError):
             raise InputError(f"can't write '{path}' ({cause.strerror or cause}): make room or choose another "
@@ -600,11 +589,8 @@ def replaced_file(path):
 
 
 def save_checkpoint(path, epoch, model, optimizer, label_map, settings):
-    """Saves a training run after `epoch` finished epochs, in plain containers only.
-
-    Besides the weights it holds what the network needs: its priors, how images are normalized for it, whether boxes
-    are cut at the image's edges. It loads with `torch.load(path, weights_only=True)`, which runs no code from it.
-    """
+    """Saves a training run after `epoch` finished epochs, in plain containers, which load by
+    `torch.load(path, weights_only=True)`: no code is saved. Raises InputError if that fails."""
     with replaced_file(path) as file:
         torch.save({'format': 2, 'epoch': epoch, 'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
                     'label_map': label_map, 'settings': settings, 'priors_cxcy': model.priors_cxcy,
@@ -613,8 +599,8 @@ def save_checkpoint(path, epoch, model, optimizer, label_map, settings):
 
 
 def read_checkpoint_file(path):
-    """The content of a file that torch.save wrote, with its tensors on the CPU: a checkpoint of ours, or weights from
-    elsewhere. No code from the file is run. Raises InputError if the file is missing, damaged or something else."""
+    """The content of a file that torch.save wrote, ours or another's, with its tensors on the CPU. No code
+    from the file is run. Raises InputError if the file is missing, damaged or something else."""
     try:
         try:
             return torch.load(path, map_location='cpu', weights_only=True)
@@ -625,50 +611,49 @@ def read_checkpoint_file(path):
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')  # that the source code of the original's classes is missing
                 content = torch.load(path, map_location='cpu', weights_only=False, pickle_module=InertPickle)
-            # Weights of others may lie beside objects that weights_only refuses: those stay behind.
-            model = content['model']
-            return original_checkpoint(content) if isinstance(model, StandIn) else {'model': model}
+            if isinstance(content['model'], StandIn):
+                return original_checkpoint(content)
+            return {'model': content['model']}  # without the objects beside it, which weights_only refused
     except FileNotFoundError:
         raise InputError(f"checkpoint '{path}' isn't there: train one with train.py, or name another one") from None
-    except Exception as error:  # a file of any content may raise anything
+    except Exception as error:  # a damaged file may raise anything
         reason = (error.strerror if isinstance(error, OSError) and error.filename
                   else "it is damaged or wasn't written by train.py")
         raise InputError(f"checkpoint '{path}' can't be loaded: {reason}") from None
 
 
 def load_checkpoint(path) -> dict:
-    """What `save_checkpoint` wrote, or the original code's checkpoint in the same form, with its tensors on the CPU.
-    Raises InputError if the file is missing, damaged or something else."""
+    """A file of `save_checkpoint`, or of the original code in the same form; see `read_checkpoint_file`."""
     content = read_checkpoint_file(path)
     require(is_checkpoint(content), f"'{path}' isn't a checkpoint of this project: name one that train.py wrote")
     return content
 
 
 def is_checkpoint(content) -> bool:
-    """Whether the content of a file has the parts of a checkpoint. Whether its weights fit the network, only the
-    network knows."""
-    parts = ('model', 'label_map', 'optimizer', 'settings')
+    """Whether the content of a file has the parts of a checkpoint; whether its weights fit is left open."""
     return (isinstance(content, dict) and {'epoch', 'model', 'label_map'} <= content.keys()
-            and all(isinstance(content.get(name, {}), dict) for name in parts))
+            and all(isinstance(content.get(name, {}), dict)
+                    for name in ('model', 'label_map', 'optimizer', 'settings')))
 
 
 def check_label_map(checkpoint_label_map, data_label_map):
-    """Raises InputError, showing both, if a checkpoint was trained for other classes than the data lists have."""
+    """Raises InputError, showing both, if a checkpoint and the data lists have different classes."""
     require(checkpoint_label_map == data_label_map,
-            f'the checkpoint has the classes {checkpoint_label_map} but the data lists have {data_label_map}: use data '
-            'lists and a checkpoint that belong together')
+            f'the checkpoint has the classes {checkpoint_label_map} but the data lists have {data_label_map}: use '
+            'data lists and a checkpoint that belong together')
 
 
-# The tutorial's original code pickled the whole network and the whole optimizer: so do its published weights, which
-# reach 77.2 mAP, and all that others have trained with it. Unpickling calls whatever a file says. So only what tensors
-# are made of is resolved; all else that a file names becomes a stand-in, and of that, only parameters are used.
+# The tutorial's original code, and so its published weights of 77.2 mAP, pickled the whole network and the
+# whole optimizer. Unpickling calls whatever a file says. So only what tensors are made of is resolved;
+# everything else that a file names becomes a stand-in, of which only the parameters are used.
 
 RESOLVED = {('torch._utils', '_rebuild_tensor'), ('torch._utils', '_rebuild_tensor_v2'),
-            ('torch._utils', '_rebuild_parameter'), ('torch.nn.parameter', 'Parameter'), ('collections', 'OrderedDict')}
+            ('torch._utils', '_rebuild_parameter'), ('torch.nn.parameter', 'Parameter'),
+            ('collections', 'OrderedDict')}
 
 
 class StandIn(dict):
-    """Takes the place of any class or function: when called, it does nothing; as an object, it keeps its state."""
+    """In place of any class or function: does nothing when called, and keeps its state as an object."""
 
     def __init__(self, *args):
         """Keeps dict from reading the arguments."""
@@ -684,7 +669,9 @@ class InertPickle:
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
-            return super().find_class(module, name) if (module, name) in RESOLVED else type(name, (StandIn,), {})
+            if (module, name) in RESOLVED:
+                return super().find_class(module, name)
+            return type(name, (StandIn,), {})
 
     @staticmethod
     def load(file, **options):
@@ -699,20 +686,14 @@ def original_checkpoint(content) -> dict:
         for name, child in module.state['_modules'].items():
             yield from parameters(child, f'{prefix}{name}.')
 
-    # It counts epochs from 0 and names the last one; we count those that are finished.
-    return {'epoch': content['epoch'] + 1, 'model': dict(parameters(content['model'])), 'label_map': dict(label_map)}
+    return {'epoch': content['epoch'] + 1,  # it has the number of the last one, counted from 0
+            'model': dict(parameters(content['model'])), 'label_map': dict(label_map)}
 
 
 # --------------------------------------------------------------------------------------- script settings
 
-def require(condition, message):
-    """Raises InputError with the message unless the condition holds."""
-    if not condition:
-        raise InputError(message)
-
-
 def current_settings(script) -> dict:
-    """{name: value} of a script's annotated constants, in plain types: a Path in a checkpoint couldn't be loaded."""
+    """{name: value} of a script's annotated constants, in the plain types that a checkpoint may hold."""
     settings = {name: getattr(script, name) for name in typing.get_type_hints(script)}
     return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
 
@@ -721,19 +702,19 @@ PRECISIONS = ('float32', 'bfloat16', 'auto')
 
 
 def check_precision(precision):
-    """Raises InputError for a precision that `autocast` doesn't know."""
+    """Raises InputError unless `autocast` knows the precision."""
     require(precision in PRECISIONS, f"precision must be one of {', '.join(PRECISIONS)}, not '{precision}'")
 
 
 def autocast(device, precision):
-    """The context in which a network runs in 'float32'; in 'bfloat16' where that is safe (mixed precision);
-    or, with 'auto', in bfloat16 if the device computes in it."""
+    """The context in which a network runs: 'float32'; 'bfloat16' where that is safe (mixed precision); or
+    'auto', which is bfloat16 if the device computes in it."""
     enabled = precision == 'bfloat16' or (precision == 'auto' and computes_in_bfloat16(device))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def computes_in_bfloat16(device) -> bool:
-    """Whether a device has instructions for bfloat16. Without them, a CPU takes ten times as long with it."""
+    """Whether a device has instructions for bfloat16; without them, a CPU takes ten times as long."""
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = getattr(torch.cpu, 'get_capabilities', dict)()  # older versions of PyTorch can't tell
@@ -746,28 +727,28 @@ def several_processes() -> bool:
 
 
 def join_processes() -> tuple[int, int, torch.device]:
-    """Returns the rank of this process, the number of processes, and its device: one of several if torchrun started
-    it, otherwise the only one. Of several, the first alone prints."""
+    """The rank of this process, the number of processes, and its device. There are several processes if
+    torchrun started them; then only the first one prints."""
     cuda = torch.cuda.is_available()
     if 'LOCAL_RANK' not in os.environ:
         return 0, 1, torch.device('cuda' if cuda else 'cpu')
     local_rank = int(os.environ['LOCAL_RANK'])
     if cuda:
-        require(local_rank < torch.cuda.device_count(),
-                f'there are {torch.cuda.device_count()} GPUs: start torchrun with --nproc_per_node of at most that')
+        n_gpus = torch.cuda.device_count()
+        require(local_rank < n_gpus, f'there are {n_gpus} GPUs: start torchrun with --nproc_per_node of at most that')
         torch.cuda.set_device(local_rank)
-    # Others wait for the first process while it downloads weights or computes a mAP.
+    # Hours, since the others wait while the first process downloads weights or computes a mAP.
     distributed.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(hours=2))
-    if distributed.get_rank() > 0:
+    rank, n_processes = distributed.get_rank(), distributed.get_world_size()
+    if rank > 0:
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
-    device = torch.device('cuda', local_rank) if cuda else torch.device('cpu')
-    return distributed.get_rank(), distributed.get_world_size(), device
+    return rank, n_processes, torch.device('cuda', local_rank) if cuda else torch.device('cpu')
 
 
 class DelayedCtrlC:
-    """Within `with`, Ctrl-C only sets `pressed`, to be heeded where it does no harm; pressed twice, it stops at once.
-    A KeyboardInterrupt then ends the program with `message`. Left to itself, Python raises it wherever it is: in the
-    middle of starting a worker process, say, where it may be lost or leave that process hanging."""
+    """Within `with`, Ctrl-C only sets `pressed`, so that the program can stop where that does no harm: while a
+    worker process is starting, say, a KeyboardInterrupt may be lost or leave that process hanging. Pressed
+    twice, Ctrl-C stops at once. Either way the program ends with `message`."""
 
     def __init__(self, message):
         self.message, self.pressed = message, False
@@ -788,14 +769,14 @@ class DelayedCtrlC:
 
 
 def ignore_ctrl_c(worker_id):
-    """For a worker of a DataLoader. It gets the terminal's Ctrl-C, too, but it ends when the main process does."""
+    """For DataLoader's workers: a terminal sends Ctrl-C to them, too, but they end with the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def override_settings(script) -> set[str]:
-    """Sets a script's annotated constants from the command line, each by its own name; returns those names.
+    """Sets a script's annotated constants from the command line; returns the names of those given there.
 
-    `batch_size: int = 8` becomes `--batch_size 4`. Understood are int, float, str, bool (`--augment`,
+    `batch_size: int = 8` becomes `--batch_size 4`. Types may be int, float, str, bool (`--augment`,
     `--no-augment`), `X | None` (`--grad_clip None`) and `list[X]` (`--labels cat dog`). `--help` shows each
     with its default and the comment behind it.
     """
@@ -806,8 +787,8 @@ def override_settings(script) -> set[str]:
     comments = dict(re.findall(r'^(\w+): .*?  # (.*)$', inspect.getsource(script), re.MULTILINE))
     for name, kind in typing.get_type_hints(script).items():
         optional = type(None) in typing.get_args(kind)
-        if optional:
-            kind = next(choice for choice in typing.get_args(kind) if choice is not type(None))
+        if optional:  # X | None
+            kind = typing.get_args(kind)[0]
         many = typing.get_origin(kind) is list
         if many:
             kind, = typing.get_args(kind)
@@ -829,13 +810,13 @@ def override_settings(script) -> set[str]:
 
 
 def run_script(script, pass_given=False):
-    """Runs a script's main() with its settings from the command line; with pass_given, main(names of the settings
-    given there). What the user can mend is told in one sentence on standard error, with exit status 1."""
+    """Runs a script's main() with its settings from the command line; with pass_given, main(names of the
+    settings given there). An InputError ends the program with one sentence and exit status 1."""
     sys.stdout.reconfigure(errors='backslashreplace')  # a file's name that can't be printed must not end a run
     given = override_settings(script)
     warnings.formatwarning = lambda message, *_, **__: f'Warning: {message}\n'
     try:
-        script.main(*[given] * pass_given)
+        script.main(given) if pass_given else script.main()
     except InputError as error:
         # From a worker of a DataLoader it arrives wrapped in that worker's traceback; the last line is ours.
         sys.exit('Error: ' + str(error).splitlines()[-1].removeprefix('utils.InputError: '))
