@@ -36,8 +36,8 @@ class FeatureMap(NamedTuple):
 
 
 # The six maps as the paper has them (section 2.2; the authors' Caffe code uses other scales). Priors
-# and prediction convolutions are both made from this table, so the i-th prediction always belongs to
-# the i-th prior. 0.333 rather than 1/3, since the tutorial's published weights were trained with it.
+# and prediction convolutions are both made from this table, so that the i-th prediction belongs to the
+# i-th prior. 0.333 rather than 1/3, since the tutorial's published weights were trained with it.
 FEATURE_MAPS = (
     FeatureMap('conv4_3', 512, 38, 0.1, (1, 2, 0.5)),
     FeatureMap('conv7', 1024, 19, 0.2, (1, 2, 3, 0.5, 0.333)),
@@ -75,7 +75,7 @@ class VGGBase(nn.Module):
         self.conv5_2 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
         self.conv5_3 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
 
-        # fc6 and fc7 as convolutions. conv6 keeps 3×3 of fc6's 7×7 values, 3 apart; and as pool5 no
+        # fc6 and fc7 as convolutions. conv6 keeps 3×3 of fc6's 7×7 values, 3 apart; and since pool5 no
         # longer halves the map, everything lies twice as far apart as before: a dilation of 3 · 2.
         self.conv6 = nn.Conv2d(512, 1024, kernel_size=3, padding=6, dilation=6)
         self.conv7 = nn.Conv2d(1024, 1024, kernel_size=1)
@@ -116,15 +116,12 @@ class VGGBase(nn.Module):
         return conv4_3, conv7
 
     def load_pretrained_layers(self):
-        """Takes over torchvision's VGG-16, trained on ImageNet (a download of 528 MB, once).
-
-        fc6 (4096, 25088) is reshaped to the convolution (4096, 512, 7, 7) that it is and decimated to
-        conv6 (1024, 512, 3, 3); fc7 (4096, 4096) likewise to conv7 (1024, 1024, 1, 1). Raises
-        InputError if the weights can't be had.
-        """
+        """Takes over torchvision's VGG-16, trained on ImageNet (a download of 528 MB, once): fc6 and fc7 are
+        reshaped to the convolutions that they are, and decimated to conv6 and conv7. Raises InputError if
+        the download fails."""
         vgg16 = download_weights(VGG16_Weights.IMAGENET1K_V1, 'train with --no-pretrained')
-        fc6 = vgg16['classifier.0.weight'].view(4096, 512, 7, 7)
-        fc7 = vgg16['classifier.3.weight'].view(4096, 4096, 1, 1)
+        fc6 = vgg16['classifier.0.weight'].view(4096, 512, 7, 7)  # was (4096, 25088)
+        fc7 = vgg16['classifier.3.weight'].view(4096, 4096, 1, 1)  # was (4096, 4096)
         weights = {'conv6.weight': decimate(fc6, m=(4, None, 3, 3)),  # (1024, 512, 3, 3)
                    'conv6.bias': decimate(vgg16['classifier.0.bias'], m=(4,)),  # (1024)
                    'conv7.weight': decimate(fc7, m=(4, 4, None, None)),  # (1024, 1024, 1, 1)
@@ -135,8 +132,8 @@ class VGGBase(nn.Module):
         self.load_state_dict(weights)
 
     def freeze_blocks(self, n_blocks):
-        """Keeps the weights of the first blocks (conv1_*, conv2_*, …) as they are. Autograd then doesn't
-        even record these layers: a step takes less time and memory."""
+        """Keeps the weights of the first blocks (conv1_*, conv2_*, …) as they are. A step then takes less
+        time and memory, since autograd doesn't even record these layers."""
         for name, parameter in self.named_parameters():
             if int(name[len('conv')]) <= n_blocks:
                 parameter.requires_grad_(False)
@@ -178,18 +175,16 @@ class AuxiliaryConvolutions(nn.Module):
 
 
 class PredictionConvolutions(nn.Module):
-    """Two 3×3 convolutions per feature map: one predicts, for each prior at each position, the four
-    offsets of the object's box from the prior, the other the scores of the classes."""
+    """Two 3×3 convolutions per feature map, which predict for each prior at each position the offsets of
+    an object's box from the prior, and the scores of the classes."""
 
     def __init__(self, n_classes):
         super().__init__()
         self.n_classes = n_classes
         for feature_map in FEATURE_MAPS:
             name, channels, n_priors = feature_map.name, feature_map.channels, feature_map.n_priors
-            loc = nn.Conv2d(channels, n_priors * 4, kernel_size=3, padding=1)
-            cl = nn.Conv2d(channels, n_priors * n_classes, kernel_size=3, padding=1)
-            self.add_module(f'loc_{name}', loc)
-            self.add_module(f'cl_{name}', cl)
+            setattr(self, f'loc_{name}', nn.Conv2d(channels, n_priors * 4, kernel_size=3, padding=1))
+            setattr(self, f'cl_{name}', nn.Conv2d(channels, n_priors * n_classes, kernel_size=3, padding=1))
         init_xavier(self)
 
     def forward(self, *features):
@@ -217,8 +212,8 @@ def init_xavier(module):
 class SSD300(nn.Module):
     """The whole network: base, auxiliary and prediction convolutions."""
 
-    # How images are normalized for it, and whether predicted boxes are cut at the image's edges.
-    # Networks that come from elsewhere have values of their own.
+    # How images are normalized, and whether predicted boxes are cut at the image's edges. Networks from
+    # elsewhere have values of their own.
     image_mean, image_std, clip_boxes = IMAGENET_MEAN, IMAGENET_STD, False
 
     def __init__(self, n_classes):
@@ -228,8 +223,8 @@ class SSD300(nn.Module):
         self.base = VGGBase()
         self.aux_convs = AuxiliaryConvolutions()
         self.pred_convs = PredictionConvolutions(n_classes)
-        # conv4_3 has values on another scale than the maps above it. So it is brought to length 1 at each
-        # position, then each channel to a scale that is learned, from 20 on (paper, section 3.1).
+        # conv4_3 has much larger values than the maps above it. So it is brought to length 1 at each
+        # position, then each channel to a scale that is learned, starting at 20 (paper, section 3.1).
         self.rescale_factors = nn.Parameter(torch.full((1, 512, 1, 1), 20.0))
         # A buffer moves with the network to any device. Saving it in the state dict would add a 72nd
         # tensor to the 71 that published weights have.
@@ -238,11 +233,10 @@ class SSD300(nn.Module):
     def forward(self, images):
         """images (N, 3, 300, 300) → locs (N, 8732, 4), offsets from the priors; scores
         (N, 8732, n_classes), before softmax. Raises ValueError for images of another shape."""
-        if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
-            raise ValueError(f'images must be of shape (N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), '
-                             f'not {tuple(images.shape)}')
+        if images.shape[1:] != (3, 300, 300):
+            raise ValueError(f'images must be of shape (N, 3, 300, 300), not {tuple(images.shape)}')
         conv4_3, conv7 = self.base(images)  # (N, 512, 38, 38), (N, 1024, 19, 19)
-        # In float32, whatever autocast does: a sum of 512 squares needs it. normalize() never divides by 0.
+        # In float32, even under autocast: a sum of 512 squares needs it. normalize() never divides by 0.
         rescaled = F.normalize(conv4_3.float(), dim=1) * self.rescale_factors  # (N, 512, 38, 38)
         return self.pred_convs(rescaled, conv7, *self.aux_convs(conv7))
 
@@ -264,14 +258,14 @@ class SSD300(nn.Module):
                     c_x, c_y = (column + 0.5) / grid, (row + 0.5) / grid  # the middle of the tile
                     priors += [(c_x, c_y, w, h) for w, h in sizes]
         priors = torch.tensor(priors)  # (8732, 4)
-        # No prior is wider or higher than the image: this cuts 20 of them, on the two uppermost maps, as the
-        # tutorial's code does. 2740 overshoot an edge of the image and stay so, as in the Caffe code.
+        # No prior is wider or higher than the image: as in the tutorial's code, this cuts 20 of them, on the
+        # two uppermost maps. 2740 overshoot an edge of the image and stay so, as in the Caffe code.
         priors[:, 2:].clamp_(max=1)
         return priors
 
     def decode(self, predicted_locs, predicted_scores):
-        """The network's output (N, 8732, 4), (N, 8732, n_classes) as boxes in fractional boundary coordinates
-        (N, 8732, 4) and probabilities of the classes (N, 8732, n_classes)."""
+        """The network's output (N, 8732, 4), (N, 8732, n_classes) → boxes in fractional boundary coordinates
+        (N, 8732, 4), probabilities of the classes (N, 8732, n_classes)."""
         boxes = cxcy_to_xy(gcxgcy_to_cxcy(predicted_locs.float(), self.priors_cxcy))  # (N, 8732, 4)
         if self.clip_boxes:
             boxes = boxes.clamp(0, 1)
@@ -286,7 +280,7 @@ class SSD300(nn.Module):
         :param max_overlap: two boxes of one class that overlap by more than this are one object
         :param top_k: at most this many objects per image, the best ones
         :return: three lists with a tensor per image, by falling score: boxes in fractional boundary
-            coordinates (n, 4), labels (n), scores (n); n is 0 if there is no object
+            coordinates (n, 4), labels (n), scores (n); n may be 0
         """
         boxes, probabilities = self.decode(predicted_locs, predicted_scores)
         detections = [suppress_duplicates(image_boxes, class_scores, min_score, max_overlap, top_k)
@@ -321,11 +315,10 @@ class MultiBoxLoss(nn.Module):
         """
         :param predicted_locs: (N, 8732, 4), offsets from the priors
         :param predicted_scores: (N, 8732, n_classes), before softmax
-        :param boxes: list of N tensors: objects in fractional boundary coordinates (n_objects, 4); none
-            is (0, 4)
+        :param boxes: list of N tensors: objects in fractional boundary coordinates (n_objects, 4), or (0, 4)
         :param labels: list of N tensors: their classes (n_objects)
-        :return: the loss, a scalar; without a single positive prior in the batch it is 0. Its parts,
-            confidence and localization, are left in `self.parts` (2), without gradient.
+        :return: the loss, a scalar; 0 without any object in the batch. Its parts, confidence and
+            localization, are left in `self.parts` (2), without gradient.
         """
         predicted_locs, predicted_scores = predicted_locs.float(), predicted_scores.float()  # after autocast
         true_boxes, true_classes = self.match(boxes, labels)  # (N, 8732, 4), (N, 8732)
@@ -333,16 +326,15 @@ class MultiBoxLoss(nn.Module):
         n_positives = positive.sum(dim=1)  # (N)
         n_positives_in_batch = mean_over_processes(n_positives.sum())
 
-        # Localization: positive priors only, since no box would be right around nothing. This is the mean
-        # over all 4 · n_positives values, a quarter of the paper's loss, which adds up the four: the
-        # published weights were trained with the mean.
+        # Localization: positive priors only, since there is no right box around nothing. The paper adds up
+        # the four offsets of a box. This is their mean, a quarter of that, as for the published weights.
         true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), self.priors_cxcy)  # (N, 8732, 4)
         loc_loss = self.localization_loss(predicted_locs, true_locs, reduction='none').sum(dim=2)  # (N, 8732)
         loc_loss = torch.where(positive, loc_loss, 0).sum() / (4 * n_positives_in_batch)
 
         # Confidence: positive priors and, in each image, three times as many negative ones. With all the
-        # thousands of them, answering "background" everywhere would cost almost nothing; the hardest,
-        # those with the highest loss, are where there is something to learn.
+        # thousands of them, answering "background" everywhere would cost almost nothing. There is most to
+        # learn from the hardest ones, those with the highest loss.
         conf_loss = F.cross_entropy(predicted_scores.flatten(0, 1), true_classes.flatten(), reduction='none')
         conf_loss = conf_loss.view(positive.shape)  # (N, 8732)
         negative_losses = torch.where(positive, 0, conf_loss).sort(dim=1, descending=True).values  # (N, 8732)
@@ -361,8 +353,8 @@ class MultiBoxLoss(nn.Module):
         :return: the boxes of the priors' objects (N, 8732, 4) in fractional boundary coordinates, the
             prior itself where it has none; the classes (N, 8732), background 0
         """
-        # The images' objects side by side. Shorter lists end in objects of class 0, which are none; one
-        # more of these for every image, so that there is something to choose from without any object.
+        # The images' objects side by side, filled up with objects of class 0, which are none. One of these
+        # more for every image: where it has no object, there is still something to choose from.
         object_boxes = F.pad(pad_sequence(boxes, batch_first=True), (0, 0, 0, 1))  # (N, max_objects, 4)
         object_classes = F.pad(pad_sequence(labels, batch_first=True), (0, 1))  # (N, max_objects)
         is_object = object_classes > 0  # (N, max_objects)
@@ -373,9 +365,9 @@ class MultiBoxLoss(nn.Module):
         # 2. Each prior's match is the object that it overlaps most.
         overlap_for_each_prior, object_for_each_prior = overlap.max(dim=1)  # (N, 8732)
 
-        # 5. Each object claims the prior that it overlaps most, whatever their overlap: it might be the best
-        #    one of no prior at all, or of none above the threshold. If two claim the same prior, the later
-        #    one in the list gets it. (Before rules 3 and 4, since it overrides them.)
+        # 5. Each object claims the prior that it overlaps most, even below the threshold: otherwise it might
+        #    be left without any prior. If two objects claim the same prior, the later one in the list gets
+        #    it. (This rule comes before 3 and 4, since it overrides them.)
         prior_for_each_object = overlap.argmax(dim=2)  # (N, max_objects)
         number = torch.arange(object_classes.shape[1], device=overlap.device)  # (max_objects)
         claimed_by = torch.full_like(object_for_each_prior, -1)  # (N, 8732)
@@ -383,8 +375,8 @@ class MultiBoxLoss(nn.Module):
         claimed = claimed_by >= 0  # (N, 8732)
         object_for_each_prior = torch.where(claimed, claimed_by, object_for_each_prior)
 
-        # 3. and 4. Below the threshold a prior is negative, its class the background; otherwise positive:
-        #           it has the class and the box of its object.
+        # 3. and 4. Below the threshold a prior is negative: its class is the background. Otherwise it is
+        #           positive, with the class and the box of its object.
         positive = claimed | (overlap_for_each_prior >= self.threshold)  # (N, 8732)
         true_classes = torch.where(positive, object_classes.gather(1, object_for_each_prior), 0)  # (N, 8732)
         box_numbers = object_for_each_prior[:, :, None].expand(-1, -1, 4)  # (N, 8732, 4)
@@ -393,15 +385,12 @@ class MultiBoxLoss(nn.Module):
 
 
 def mean_over_processes(count):
-    """A count, averaged over the training processes, each of which has a part of the batch; at least 1 in
-    all of them together, since a batch without objects must give 0, not 0 / 0.
-
-    DistributedDataParallel averages the processes' gradients. Divided by the average number of positives,
-    they add up to the gradient of the whole batch.
-    """
+    """A count of positives, averaged over the training processes, each of which has a part of the batch. All
+    together count as at least 1: without objects the loss must be 0, not 0 / 0."""
     if not several_processes():
         return count.clamp(min=1)
-    distributed.all_reduce(count)
+    distributed.all_reduce(count)  # adds up those of all processes
+    # The mean, since DistributedDataParallel takes the mean of the gradients, too.
     return count.clamp(min=1) / distributed.get_world_size()
 
 
@@ -409,24 +398,24 @@ def mean_over_processes(count):
 
 def suppress_duplicates(boxes, class_scores, min_score, max_overlap, top_k):
     """Non-maximum suppression for one image: boxes (8732, 4) in boundary coordinates, class_scores
-    (8732, n_classes − 1) without the background's. Arguments and result otherwise as in `detect_objects`."""
-    # Each pair of prior and class above min_score is a candidate; a prior may be one for several classes.
+    (8732, n_classes − 1) without the background's. Otherwise like `detect_objects`."""
+    # Each pair of prior and class above min_score is a candidate: one prior may find several classes.
     priors, labels = (class_scores > min_score).nonzero(as_tuple=True)  # (n_candidates)
     scores, labels = class_scores[priors, labels], labels + 1  # (n_candidates): labels count from 1
 
-    # batched_nms keeps classes apart by shifting each to a place of its own. In float32, the shift would
-    # cost coordinates their last digits; and it is far enough only if no coordinate is negative.
+    # batched_nms keeps classes apart by shifting each to a place of its own. In float32, that would cost
+    # coordinates their last digits; and the shift is far enough only if no coordinate is negative.
     shifted = boxes.double() - boxes.min().double()  # (8732, 4)
 
-    # Whether a candidate stays depends on those with higher scores alone. So the best few thousand are
-    # enough if they leave top_k objects; early in training, there are 90,000. The result is the same.
+    # Whether a candidate stays depends only on those with higher scores. So the best 2000 are enough if
+    # top_k of them stay. Early in training there are 90,000 candidates.
     order = scores.argsort(descending=True, stable=True)  # (n_candidates): equal scores stay in order
     n = 2000
     while True:
         best = order[:n]  # (n_best)
         kept = batched_nms(shifted[priors[best]], scores[best].double(), labels[best], max_overlap)
         if len(kept) >= top_k or len(best) == len(order):
-            kept = best[kept.sort().values[:top_k]]  # best is sorted by score, so its first places are the best
+            kept = best[kept.sort().values[:top_k]]  # by falling score, since that is the order of `best`
             return boxes[priors[kept]], labels[kept], scores[kept]
         n *= 2
 
@@ -434,13 +423,9 @@ def suppress_duplicates(boxes, class_scores, min_score, max_overlap, top_k):
 # ------------------------------------------------------------------------------ weights from elsewhere
 
 def load_model(checkpoint_path) -> tuple[SSD300, dict[str, int]]:
-    """The network of a checkpoint, on the CPU and ready for detection, and its label map.
-
-    :param checkpoint_path: a file of train.py, of the tutorial's original code, or of one of the `PEERS`;
-        'coco' downloads torchvision's SSD300, trained on COCO (136 MB, once)
-
-    Raises InputError if it can't be used.
-    """
+    """The network of a checkpoint, on the CPU and ready for detection, and its label map. Checkpoints are
+    files of train.py, of the tutorial's original code, or of one of the `PEERS`; 'coco' downloads
+    torchvision's SSD300, trained on COCO (136 MB, once). Raises InputError if it can't be used."""
     checkpoint = load_any_checkpoint(checkpoint_path)
     model = SSD300(n_classes=len(checkpoint['label_map']))
     load_weights(model, checkpoint, checkpoint_path)
@@ -448,22 +433,22 @@ def load_model(checkpoint_path) -> tuple[SSD300, dict[str, int]]:
 
 
 def load_weights(model, checkpoint, checkpoint_path):
-    """Puts a loaded checkpoint into a network: its weights, and what else the network needs. Raises
+    """Puts a loaded checkpoint into a network: its weights, and whatever else the network needs. Raises
     InputError if the weights don't fit."""
     try:
         model.load_state_dict(checkpoint['model'])
     except (RuntimeError, AttributeError, TypeError):
         raise InputError(f"checkpoint '{checkpoint_path}' doesn't hold the weights of an SSD300 with "
                          f'{model.n_classes} classes: name one that train.py wrote') from None
-    if 'priors_cxcy' in checkpoint:  # one without is of a network like a new one
+    if 'priors_cxcy' in checkpoint:  # older checkpoints, without, have those of a new network
         model.priors_cxcy.copy_(checkpoint['priors_cxcy'])
         for name in ('image_mean', 'image_std', 'clip_boxes'):
             setattr(model, name, checkpoint[name])
 
 
 def start_from_checkpoint(model, checkpoint_path, label_map):
-    """Fine-tuning: puts a checkpoint's weights into a new network, those of the class heads only if its
-    classes are the same. Says which. Raises InputError if the checkpoint can't be used."""
+    """Fine-tuning: puts a checkpoint's weights into a new network, those of the class heads only if the
+    classes are the same. Raises InputError if the checkpoint can't be used."""
     checkpoint = load_any_checkpoint(checkpoint_path)
     print(f'Fine-tuning {checkpoint_path}')
     if checkpoint['label_map'] != label_map:
@@ -474,8 +459,8 @@ def start_from_checkpoint(model, checkpoint_path, label_map):
 
 
 def download_weights(source, instead) -> dict:
-    """The state dict of some of torchvision's pretrained weights, downloaded once. Raises InputError,
-    telling what to do instead, if that fails."""
+    """The state dict of some of torchvision's pretrained weights, downloaded once. Raises InputError, which
+    names what to do instead, if that fails."""
     try:
         return source.get_state_dict(progress=True, check_hash=True, map_location='cpu', weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -484,37 +469,32 @@ def download_weights(source, instead) -> dict:
 
 
 class Peer(NamedTuple):
-    """Another implementation of the very same 71 tensors, which saves them layer by layer in our order:
-    how their names begin there, and what it does otherwise."""
+    """Another implementation of the very same 71 tensors, with its layers in our order: how the names of
+    its tensors begin, and what it does differently."""
     convs: tuple[str, ...]  # the layers conv1_1 … conv11_2
     rescale_factors: str
     loc: str  # the six localization convolutions
     cl: str  # the six class convolutions
-    scales: tuple[float, ...]  # of the priors, and what would follow them
-    clip_centers: bool  # whether the centers of priors are kept inside the image
-    image_mean: list[float]
-    image_std: list[float]
-    clip_boxes: bool
+    scales: tuple[float, ...] = (0.1, 0.2, 0.37, 0.54, 0.71, 0.88, 1.05)  # of the priors, as in Caffe; one more
+    clip_centers: bool = True  # whether the centers of priors are kept inside the image
+    image_mean: tuple[float, ...] = (123 / 255, 117 / 255, 104 / 255)  # Caffe's: RGB from 0 to 255, minus this
+    image_std: tuple[float, ...] = (1 / 255, 1 / 255, 1 / 255)
+    clip_boxes: bool = False
 
 
-CAFFE_SCALES = (0.1, 0.2, 0.37, 0.54, 0.71, 0.88, 1.05)
-CAFFE_MEAN, CAFFE_STD = [123 / 255, 117 / 255, 104 / 255], [1 / 255] * 3  # RGB from 0 to 255, minus the mean
 PEERS = {
-    'amdegroot/ssd.pytorch': Peer(('vgg.', 'extras.'), 'L2Norm.weight', 'loc.', 'conf.',
-                                  CAFFE_SCALES, True, CAFFE_MEAN, CAFFE_STD, False),
+    'amdegroot/ssd.pytorch': Peer(('vgg.', 'extras.'), 'L2Norm.weight', 'loc.', 'conf.'),
     'lufficc/SSD': Peer(('backbone.vgg.', 'backbone.extras.'), 'backbone.l2_norm.weight',
-                        'box_head.predictor.reg_headers.', 'box_head.predictor.cls_headers.',
-                        CAFFE_SCALES, True, CAFFE_MEAN, CAFFE_STD, False),
+                        'box_head.predictor.reg_headers.', 'box_head.predictor.cls_headers.'),
     'torchvision': Peer(('backbone.features.', 'backbone.extra.'), 'backbone.scale_weight',
                         'head.regression_head.', 'head.classification_head.',
-                        (0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05), False,
-                        [0.48235, 0.45882, 0.40784], CAFFE_STD, True),
+                        scales=(0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05), clip_centers=False,
+                        image_mean=(0.48235, 0.45882, 0.40784), clip_boxes=True),
 }
 
 
 def load_any_checkpoint(path) -> dict:
-    """A checkpoint of ours, or weights of one of the peers in the same form; see `load_model`. Raises
-    InputError if it is something else."""
+    """A checkpoint of ours, or weights of one of the peers in the same form; see `load_model`."""
     if path == 'coco':
         return from_peer(download_weights(SSD300_VGG16_Weights.COCO_V1, 'choose another checkpoint'), 'torchvision')
     content = read_checkpoint_file(path)
@@ -534,13 +514,12 @@ def from_peer(state_dict, name) -> dict:
     those of another network than SSD300, or for other classes than VOC's or COCO's."""
     peer = PEERS[name]
 
-    def tensors(*beginnings):  # of each layer its weight, then its bias
-        return [tensor for beginning in beginnings
-                for key, tensor in state_dict.items() if key.startswith(beginning)]
+    def tensors(beginning):  # of each layer its weight, then its bias
+        return [tensor for key, tensor in state_dict.items() if key.startswith(beginning)]
 
-    with torch.device('meta'):  # for the names of its layers alone
+    with torch.device('meta'):  # its weights aren't needed, only their names
         own_names = [key for key in SSD300(n_classes=1).state_dict() if key.startswith(('base.', 'aux_convs.'))]
-    convs, locs, scores = tensors(*peer.convs), tensors(peer.loc), tensors(peer.cl)
+    convs, locs, scores = tensors(peer.convs), tensors(peer.loc), tensors(peer.cl)
     n_classes = len(scores[-1]) // FEATURE_MAPS[-1].n_priors if scores else 0
     coco_labels = SSD300_VGG16_Weights.COCO_V1.meta['categories'][1:]
     labels = {21: voc_labels, 91: [f'{label} {i}' if label == 'N/A' else label  # numbers without a class
@@ -559,22 +538,21 @@ def from_peer(state_dict, name) -> dict:
                 channels = tensor.unflatten(0, (n_priors, -1))[order].flatten(0, 1)
                 weights[f'pred_convs.{kind}_{feature_map.name}.{part}'] = channels
     return {'epoch': 0, 'model': weights, 'label_map': make_label_map(labels[n_classes]), 'settings': {},
-            'priors_cxcy': caffe_priors(peer.scales, peer.clip_centers), 'image_mean': peer.image_mean,
-            'image_std': peer.image_std, 'clip_boxes': peer.clip_boxes}
+            'priors_cxcy': caffe_priors(peer.scales, peer.clip_centers), 'clip_boxes': peer.clip_boxes,
+            'image_mean': list(peer.image_mean), 'image_std': list(peer.image_std)}
 
 
 def caffe_priors(scales, clip_centers):
-    """The priors of those who follow the authors' Caffe code, in our order, center-size (8732, 4): like
-    ours, but of other scales, and with centers in steps of whole pixels. On conv8_2's map, 19 of these lie
-    4 pixels beyond the image: some keep them inside, torchvision doesn't."""
+    """The priors of those who follow the authors' Caffe code, in our order, center-size (8732, 4): of other
+    scales than ours, and with centers in steps of whole pixels. On conv8_2's map, 19 of these lie 4 pixels
+    beyond the image: some keep them inside, torchvision doesn't."""
     priors = []
-    for (_, _, grid, _, ratios), scale, next_scale, step in zip(FEATURE_MAPS, scales, scales[1:],
-                                                                (8, 16, 32, 64, 100, 300)):
-        ratios = [1 / 3 if ratio == 0.333 else ratio for ratio in ratios[1:]]
-        extra = sqrt(scale * next_scale)
+    for i, (step, feature_map) in enumerate(zip((8, 16, 32, 64, 100, 300), FEATURE_MAPS)):
+        scale, extra = scales[i], sqrt(scales[i] * scales[i + 1])
+        ratios = [1 / 3 if ratio == 0.333 else ratio for ratio in feature_map.ratios[1:]]
         sizes = [(scale, scale), (extra, extra), *((scale * sqrt(ratio), scale / sqrt(ratio)) for ratio in ratios)]
-        priors += [((column + 0.5) * step / IMAGE_SIZE, (row + 0.5) * step / IMAGE_SIZE, w, h)
-                   for row in range(grid) for column in range(grid) for w, h in sizes]
+        centers = [(place + 0.5) * step / IMAGE_SIZE for place in range(feature_map.grid)]
+        priors += [(c_x, c_y, w, h) for c_y in centers for c_x in centers for w, h in sizes]
     priors = torch.tensor(priors)  # (8732, 4)
     priors[:, 0 if clip_centers else 2:].clamp_(max=1)
     return priors
