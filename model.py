@@ -285,8 +285,7 @@ class SSD300(nn.Module):
         boxes, probabilities = self.decode(predicted_locs, predicted_scores)
         detections = [suppress_duplicates(image_boxes, class_scores, min_score, max_overlap, top_k)
                       for image_boxes, class_scores in zip(boxes, probabilities[:, :, 1:])]
-        boxes, labels, scores = zip(*detections) if detections else ((), (), ())
-        return list(boxes), list(labels), list(scores)
+        return tuple([detection[i] for detection in detections] for i in range(3))
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -469,15 +468,15 @@ def download_weights(source, instead) -> dict:
 
 
 class Peer(NamedTuple):
-    """Another implementation of the very same 71 tensors, with its layers in our order: how the names of
-    its tensors begin, and what it does differently."""
+    """Another implementation of the very same 71 tensors, with its layers in our order: how its names begin,
+    and what it does differently. The defaults are those of the authors' Caffe code."""
     convs: tuple[str, ...]  # the layers conv1_1 … conv11_2
     rescale_factors: str
     loc: str  # the six localization convolutions
     cl: str  # the six class convolutions
-    scales: tuple[float, ...] = (0.1, 0.2, 0.37, 0.54, 0.71, 0.88, 1.05)  # of the priors, as in Caffe; one more
+    scales: tuple[float, ...] = (0.1, 0.2, 0.37, 0.54, 0.71, 0.88, 1.05)  # of the priors, and the next one
     clip_centers: bool = True  # whether the centers of priors are kept inside the image
-    image_mean: tuple[float, ...] = (123 / 255, 117 / 255, 104 / 255)  # Caffe's: RGB from 0 to 255, minus this
+    image_mean: tuple[float, ...] = (123 / 255, 117 / 255, 104 / 255)  # there, images go from 0 to 255
     image_std: tuple[float, ...] = (1 / 255, 1 / 255, 1 / 255)
     clip_boxes: bool = False
 
@@ -530,13 +529,12 @@ def from_peer(state_dict, name) -> dict:
     weights = dict(zip(own_names, convs))
     weights['rescale_factors'] = state_dict[peer.rescale_factors].view(1, 512, 1, 1)
     for kind, heads in (('loc', locs), ('cl', scores)):
-        for feature_map, *head in zip(FEATURE_MAPS, heads[::2], heads[1::2]):
+        parts = [(feature_map, part) for feature_map in FEATURE_MAPS for part in ('weight', 'bias')]
+        for (feature_map, part), tensor in zip(parts, heads):
             # At each position, their priors come in the order 1, extra, 2, 1/2, 3, 1/3.
-            n_priors = feature_map.n_priors
-            order = [0, 1, 2, 4, 3, 5] if n_priors == 6 else [0, 1, 2, 3]  # where ours stand among theirs
-            for part, tensor in zip(('weight', 'bias'), head):
-                channels = tensor.unflatten(0, (n_priors, -1))[order].flatten(0, 1)
-                weights[f'pred_convs.{kind}_{feature_map.name}.{part}'] = channels
+            order = [0, 1, 2, 4, 3, 5] if feature_map.n_priors == 6 else [0, 1, 2, 3]  # our i-th is their order[i]-th
+            channels = tensor.unflatten(0, (len(order), -1))[order].flatten(0, 1)
+            weights[f'pred_convs.{kind}_{feature_map.name}.{part}'] = channels
     return {'epoch': 0, 'model': weights, 'label_map': make_label_map(labels[n_classes]), 'settings': {},
             'priors_cxcy': caffe_priors(peer.scales, peer.clip_centers), 'clip_boxes': peer.clip_boxes,
             'image_mean': list(peer.image_mean), 'image_std': list(peer.image_std)}

@@ -364,7 +364,7 @@ def random_crop(window, boxes):
         if min_overlap is None or len(boxes) == 0:
             return window, boxes, torch.ones(len(boxes), dtype=torch.bool)
 
-        # Fifty tries, all made at once, of which the first good one counts. None is good: another minimum.
+        # Fifty tries, all made at once; the first good one counts. If none is good, another minimum is chosen.
         crop_size = (size * torch.empty(50, 2).uniform_(0.3, 1)).long()  # (50, 2): width and height
         room = size - crop_size  # (50, 2)
         first = start + (torch.rand(50, 2) * (room + 1)).long().minimum(room)  # (50, 2): left and top
@@ -511,7 +511,7 @@ def average_precision(true, n_objects) -> float:
 
 def rank_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties,
                     label_map=label_map, min_overlaps=(0.5,)) -> list[dict[str, tuple]]:
-    """The detections of each class, from which precision and recall follow. Arguments: see `match_detections`.
+    """The detections of each class, from which precision and recall follow; see `match_detections`.
 
     :return: for each smallest overlap {label: (scores (d), whether true, bool (d), number of objects)}, by
         falling score, without those that don't count. Classes without objects are named in a warning.
@@ -554,8 +554,8 @@ def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, tr
 # ------------------------------------------------------------------------------------------- checkpoints
 
 def make_folder(path):
-    """Makes a folder for results. Raises InputError if nothing can be written to it: better now than after
-    hours of training."""
+    """Makes a folder for results, unless it exists. Raises InputError if nothing can be written to it: better
+    now than after hours of training."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -578,7 +578,7 @@ def replaced_file(path):
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        # A full disk or Ctrl-C within torch.save comes out as a RuntimeError, with the cause as its context.
+        # From torch.save, a full disk or Ctrl-C comes out as a RuntimeError with that as its context.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError):
             raise InputError(f"can't write '{path}' ({cause.strerror or cause}): make room or choose another "
@@ -632,8 +632,7 @@ def load_checkpoint(path) -> dict:
 def is_checkpoint(content) -> bool:
     """Whether the content of a file has the parts of a checkpoint; whether its weights fit is left open."""
     return (isinstance(content, dict) and {'epoch', 'model', 'label_map'} <= content.keys()
-            and all(isinstance(content.get(name, {}), dict)
-                    for name in ('model', 'label_map', 'optimizer', 'settings')))
+            and isinstance(content['model'], dict))
 
 
 def check_label_map(checkpoint_label_map, data_label_map):
@@ -698,12 +697,10 @@ def current_settings(script) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
 
 
-PRECISIONS = ('float32', 'bfloat16', 'auto')
-
-
 def check_precision(precision):
     """Raises InputError unless `autocast` knows the precision."""
-    require(precision in PRECISIONS, f"precision must be one of {', '.join(PRECISIONS)}, not '{precision}'")
+    require(precision in ('float32', 'bfloat16', 'auto'),
+            f"precision must be one of float32, bfloat16, auto, not '{precision}'")
 
 
 def autocast(device, precision):
