@@ -352,8 +352,8 @@ class MultiBoxLoss(nn.Module):
         :return: the boxes of the priors' objects (N, 8732, 4) in fractional boundary coordinates, the
             prior itself where it has none; the classes (N, 8732), background 0
         """
-        # The images' objects side by side, filled up with objects of class 0, which are none. One of these
-        # more for every image: where it has no object, there is still something to choose from.
+        # The images' objects side by side. Shorter lists are filled up with objects of class 0, which are
+        # none, and every list gets one of these: without any object there is still something to choose from.
         object_boxes = F.pad(pad_sequence(boxes, batch_first=True), (0, 0, 0, 1))  # (N, max_objects, 4)
         object_classes = F.pad(pad_sequence(labels, batch_first=True), (0, 1))  # (N, max_objects)
         is_object = object_classes > 0  # (N, max_objects)
@@ -439,7 +439,7 @@ def load_weights(model, checkpoint, checkpoint_path):
     except (RuntimeError, AttributeError, TypeError):
         raise InputError(f"checkpoint '{checkpoint_path}' doesn't hold the weights of an SSD300 with "
                          f'{model.n_classes} classes: name one that train.py wrote') from None
-    if 'priors_cxcy' in checkpoint:  # older checkpoints, without, have those of a new network
+    if 'priors_cxcy' in checkpoint:  # older checkpoints lack this part: a new network's values suit them
         model.priors_cxcy.copy_(checkpoint['priors_cxcy'])
         for name in ('image_mean', 'image_std', 'clip_boxes'):
             setattr(model, name, checkpoint[name])

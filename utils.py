@@ -145,12 +145,13 @@ OBJECT_TAGS = ('name', 'bndbox/xmin', 'bndbox/ymin', 'bndbox/xmax', 'bndbox/ymax
 def parse_annotation(annotation_path, label_map=label_map, unknown_labels=None, size=None) -> dict[str, list]:
     """The objects in an annotation file of VOC's format.
 
-    :param unknown_labels: a Counter of labels outside the label map, whose objects are left out
+    :param unknown_labels: a Counter, which counts labels outside the label map; their objects are left out
     :param size: width and height of the picture, at whose edges boxes are cut; None: they stay as they are
     :return: {'boxes': [[x_min, y_min, x_max, y_max], …] in pixels counted from 0, 'labels': [class index,
         …], 'difficulties': [0 or 1, …]}
 
-    Boxes without area are left out with a warning. Raises InputError if the file can't be read.
+    Boxes without area are left out with a warning. Raises InputError if the file is missing or no such
+    annotation.
     """
     index_of = {label.lower(): index for label, index in label_map.items() if index > 0}
     objects = {'boxes': [], 'labels': [], 'difficulties': []}
@@ -198,7 +199,7 @@ def opened_picture(path):
 def read_image(path) -> Image.Image:
     """The picture in a file, upright and in mode RGB. Raises InputError if it can't be read."""
     with opened_picture(path) as image:
-        ImageOps.exif_transpose(image, in_place=True)  # phones save photos unturned, with a note how to turn them
+        ImageOps.exif_transpose(image, in_place=True)  # phones only note in EXIF data how to turn a photo
         if image.mode.startswith('I'):  # 16 bits a pixel, which Pillow itself would clip instead of scale
             image = image.convert('I').point(lambda value: value / 256).convert('L')
         return image.convert('RGB')
@@ -351,7 +352,7 @@ def random_crop(window, boxes):
     objects (paper, section 2.2, "data augmentation").
 
     Objects whose center is outside are dropped; one of those that stay overlaps with the crop by at least a
-    minimum, chosen at random. In one of seven choices, or without objects, the window stays as it is.
+    minimum, chosen at random. If the choice is no minimum (1 in 7), or without objects, the window stays.
 
     :param boxes: objects in the picture's absolute boundary coordinates (n, 4)
     :return: the window; the boxes in it (m, 4), cut at its edges; which of the n objects they are, bool (n)
