@@ -78,10 +78,25 @@ def make_voc(folder, pictures, split='trainval'):
     return folder
 
 
-def run_script(name, *arguments, folder=ROOT, timeout=300, **environment):
+def noise(width, height, mode='RGB'):
+    """A picture of random pixels."""
+    return Image.effect_noise((width, height), 90).convert(mode)
+
+
+def random_boxes(*shape, seed=0, grid=None):
+    """Boundary coordinates (…, 4) of small and large boxes within the image; on a grid, many overlaps are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    first, last = torch.rand(2, *shape, 2, generator=generator).sort(dim=0).values  # (…, 2) each
+    if grid:
+        return torch.cat(((first * grid).floor(), (last * grid).floor() + 1), dim=-1) / grid
+    return torch.cat((0.98 * first, 0.98 * last + 0.02), dim=-1)
+
+
+def run_script(name, *arguments, folder=ROOT, n_processes=1, **environment):
     """Runs one of the scripts as a user would; returns the finished process with its output as text."""
-    return subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)], cwd=folder, text=True,
-                          capture_output=True, timeout=timeout, env={**os.environ, **environment}, check=False)
+    launcher = ['-m', 'torch.distributed.run', f'--nproc_per_node={n_processes}'] if n_processes > 1 else []
+    return subprocess.run([sys.executable, *launcher, str(ROOT / name), *map(str, arguments)], cwd=folder, text=True,
+                          capture_output=True, timeout=300, env={**os.environ, **environment}, check=False)
 
 
 def assert_one_sentence(process, *names):

@@ -4,17 +4,12 @@ import math
 
 import pytest
 import torch
+from conftest import random_boxes
 from references import iou, offsets
 from torchvision.ops import box_convert, box_iou
 
 from utils import (cxcy_to_gcxgcy, cxcy_to_xy, decimate, find_intersection, find_jaccard_overlap, gcxgcy_to_cxcy,
                    xy_to_cxcy)
-
-
-def random_boxes(*shape, seed=0):
-    """Boundary coordinates (…, 4) of boxes whose sides are at least 0.01."""
-    first, size = torch.rand(2, *shape, 2, generator=torch.Generator().manual_seed(seed)).unbind()
-    return torch.cat((first, first + 0.01 + size), dim=-1)
 
 
 def test_center_size_coordinates_are_the_middle_and_the_sides():
@@ -46,22 +41,11 @@ def test_offsets_agree_with_their_definition():
     torch.testing.assert_close(cxcy_to_gcxgcy(xy_to_cxcy(boxes), priors), torch.tensor(expected), atol=1e-3, rtol=1e-4)
 
 
-def test_encoding_then_decoding_gives_the_box_back(model):
-    boxes = xy_to_cxcy(random_boxes(8732))
+def test_encoding_then_decoding_gives_the_boxes_of_a_batch_back(model):
+    boxes = xy_to_cxcy(random_boxes(2, 8732))
     decoded = gcxgcy_to_cxcy(cxcy_to_gcxgcy(boxes, model.priors_cxcy), model.priors_cxcy)
     torch.testing.assert_close(decoded, boxes, atol=1e-5, rtol=1e-5)
-
-
-def test_decoding_takes_a_batch_of_offsets_with_one_set_of_priors():
-    offsets_of_batch, priors = random_boxes(3, 20), xy_to_cxcy(random_boxes(20, seed=1))
-    decoded = gcxgcy_to_cxcy(offsets_of_batch, priors)
-    for i in range(3):
-        torch.testing.assert_close(decoded[i], gcxgcy_to_cxcy(offsets_of_batch[i], priors))
-
-
-def test_a_prior_has_no_offset_from_itself(model):
-    assert cxcy_to_gcxgcy(model.priors_cxcy, model.priors_cxcy).eq(0).all()
-    torch.testing.assert_close(gcxgcy_to_cxcy(torch.zeros(8732, 4), model.priors_cxcy), model.priors_cxcy)
+    assert cxcy_to_gcxgcy(model.priors_cxcy, model.priors_cxcy).eq(0).all()  # a prior has no offset from itself
 
 
 @pytest.mark.parametrize(('a', 'b', 'shared', 'together'), [
@@ -88,31 +72,19 @@ def test_overlaps_agree_with_torchvision_and_with_the_definition():
     torch.testing.assert_close(overlaps, torch.tensor([[iou(a, b) for b in set_2.tolist()] for a in set_1.tolist()]))
 
 
-def test_overlaps_are_found_image_by_image():
-    set_1, set_2 = random_boxes(3, 5), random_boxes(3, 7, seed=1)
-    overlaps = find_jaccard_overlap(set_1, set_2)
+def test_overlaps_are_found_image_by_image_and_one_set_of_boxes_serves_a_whole_batch():
+    batch, priors = random_boxes(3, 5), random_boxes(7, seed=1)
+    overlaps = find_jaccard_overlap(batch, priors)
     assert overlaps.shape == (3, 5, 7)
     for i in range(3):
-        torch.testing.assert_close(overlaps[i], box_iou(set_1[i], set_2[i]))
+        torch.testing.assert_close(overlaps[i], box_iou(batch[i], priors))
+    torch.testing.assert_close(find_jaccard_overlap(priors, batch), overlaps.transpose(1, 2))
 
 
-def test_one_set_of_boxes_serves_a_whole_batch():
-    batch, priors = random_boxes(3, 5), random_boxes(7, seed=1)
-    for find in (find_intersection, find_jaccard_overlap):
-        assert find(batch, priors).shape == (3, 5, 7)
-        torch.testing.assert_close(find(batch, priors), find(batch, priors.expand(3, 7, 4)))
-        torch.testing.assert_close(find(priors, batch), find(batch, priors).transpose(1, 2))
-
-
-def test_boxes_without_area_overlap_by_0():
+def test_boxes_without_area_overlap_by_0_and_no_boxes_give_an_empty_matrix():
     flat = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.2, 0.5, 0.8, 0.5], [0.5, 0.2, 0.5, 0.8]])
-    assert find_jaccard_overlap(flat, flat).eq(0).all()
-    assert find_jaccard_overlap(flat, torch.tensor([[0.0, 0.0, 1.0, 1.0]])).eq(0).all()
-
-
-def test_overlaps_of_no_boxes_are_an_empty_matrix():
+    assert find_jaccard_overlap(flat, torch.cat((flat, torch.tensor([[0.0, 0.0, 1.0, 1.0]])))).eq(0).all()
     assert find_jaccard_overlap(torch.empty(0, 4), random_boxes(3)).shape == (0, 3)
-    assert find_jaccard_overlap(random_boxes(3), torch.empty(0, 4)).shape == (3, 0)
 
 
 def test_decimation_keeps_every_mth_value_of_each_dimension():
