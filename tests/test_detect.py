@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from conftest import SAMPLE, run_script
+from conftest import SAMPLE, noise, run_script
 from PIL import Image, ImageColor, ImageDraw
 
 import detect
@@ -13,13 +13,7 @@ from utils import IMAGENET_MEAN, IMAGENET_STD, InputError, label_color_map, labe
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
-RED, GREEN = '#ff0000', '#00c000'
-COLORS = {'cat': RED, 'dog': GREEN, 'diningtable': '#0000ff'}
-SIZES = [(640, 480), (3000, 200), (200, 3000), (20, 20), (7, 150), (1, 1)]
-
-
-def noise(width, height, mode='RGB'):
-    return Image.effect_noise((width, height), 90).convert(mode)
+COLORS = {'cat': '#ff0000', 'dog': '#00c000', 'diningtable': '#0000ff'}
 
 
 class FakeNetwork:
@@ -52,20 +46,6 @@ def network(monkeypatch):
 
 
 @pytest.fixture
-def filled(monkeypatch):
-    """The rectangles that are drawn filled: those behind labels."""
-    drawn, draw = [], ImageDraw.ImageDraw.rectangle
-
-    def rectangle(self, box, fill=None, outline=None, width=1):
-        if fill:
-            drawn.append(box)
-        draw(self, box, fill, outline, width)
-
-    monkeypatch.setattr(ImageDraw.ImageDraw, 'rectangle', rectangle)
-    return drawn
-
-
-@pytest.fixture
 def run(tmp_path, monkeypatch, network):
     """Runs main() on pictures, with the output in tmp_path."""
     def run(*pictures, output='out', **settings):
@@ -85,7 +65,7 @@ def picture(tmp_path):
 
 # ----------------------------------------------------------------------------------------------- drawing
 
-@pytest.mark.parametrize('mode', ['RGB', 'L', 'RGBA', 'P', 'CMYK', '1'])
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'RGBA', 'P', 'CMYK'])
 def test_the_callers_picture_stays_as_it_is_and_the_copy_has_its_size(mode):
     image = noise(200, 100, mode)
     before = image.tobytes()
@@ -95,58 +75,33 @@ def test_the_callers_picture_stays_as_it_is_and_the_copy_has_its_size(mode):
     assert drawn.tobytes() != image.convert('RGB').tobytes()
 
 
-@pytest.mark.parametrize('size', SIZES)
-def test_boxes_anywhere_can_be_drawn_and_their_labels_stay_inside_the_picture(size, filled):
-    columns, rows = ((0, side / 3, side / 2, side - 1, side) for side in size)
-    boxes = [(columns[i], rows[j], columns[k], rows[m]) for i in range(5) for j in range(5)
-             for k in range(i, 5) for m in range(j, 5)]  # in the middle, at all edges, in all corners, without area
-    for box in boxes[::4]:
-        filled.clear()
+@pytest.mark.parametrize('size', [(640, 480), (3000, 200), (20, 20), (1, 1)])
+def test_boxes_anywhere_can_be_drawn_and_their_labels_stay_inside_the_picture(size, monkeypatch):
+    labels, draw = [], ImageDraw.ImageDraw.rectangle
+    monkeypatch.setattr(ImageDraw.ImageDraw, 'rectangle', lambda self, box, fill=None, **settings: (
+        draw(self, box, fill, **settings), labels.append(box) if fill else None))
+    columns, rows = ((0, side / 2, side - 1, side) for side in size)
+    boxes = [(columns[i], rows[j], columns[k], rows[m]) for i in range(4) for j in range(4)
+             for k in range(i, 4) for m in range(j, 4)]  # in the middle, at all edges, in all corners, without area
+    for box in boxes:
         detect.draw_objects(Image.new('RGB', size), [('diningtable', 0.99, box)], COLORS)
-        (left, top, right, bottom), = filled
+        left, top, right, bottom = labels.pop()
         assert left >= 0 and top >= 0
         # A label that is wider or higher than the picture begins at its edge.
         assert right <= size[0] - 1 or (left == 0 and right - left >= size[0])
         assert bottom <= size[1] - 1 or (top == 0 and bottom - top >= size[1])
+        if size == (640, 480) and box[1] > 100:
+            assert box[1] - 1.01 <= bottom <= box[1]  # above the frame, where there is room
 
 
-def test_a_label_is_above_its_frame_or_within_it_where_there_is_no_room(filled):
-    for box, above in (((100, 200, 300, 400), True), ((100, 3, 300, 400), False)):
-        filled.clear()
-        detect.draw_objects(Image.new('RGB', (640, 480)), [('cat', 0.9, box)], COLORS)
-        (left, top, _, bottom), = filled
-        assert left == 100
-        assert box[1] - 1.01 <= bottom <= box[1] if above else top >= box[1]
-
-
-@pytest.mark.parametrize('size', [(640, 480), (3000, 200), (60, 60)])
-def test_frames_are_thick_enough_to_be_seen_also_at_the_edges(size):
-    width, height = size
-    least = max(2, min(size) // 150)
-    for box in ((0, 0, width, height), (0, 0, width - 1, height - 1), (width * 0.2, height * 0.3, width * 0.7, height)):
-        pixels = detect.draw_objects(Image.new('RGB', size, 'white'), [('cat', 0.9, box)], {'cat': RED}).load()
-        left, top, right, bottom = (min(int(side + 0.5), size[i % 2] - 1) for i, side in enumerate(box))
-        x, y = round((left + right) / 2), round((top + bottom) / 2)
-        for i in range(least):
-            for place in ((left + i, y), (right - i, y), (x, bottom - i)):
-                assert pixels[place] == (255, 0, 0)
-        assert pixels[x, y] == (255, 255, 255)  # a frame, no area
-
-
-def test_labels_can_be_read_in_large_pictures(filled):
-    for side in (300, 1200, 4800):
-        filled.clear()
-        detect.draw_objects(Image.new('RGB', (side, side)), [('cat', 0.9, (10, side / 2, side / 2, side - 10))], COLORS)
-        (_, top, _, bottom), = filled
-        assert 0.02 < (bottom - top) / side < 0.08
-
-
-def test_the_surest_object_is_drawn_on_top_with_its_label_and_score(monkeypatch):
-    texts, box = [], (20, 40, 200, 180)
-    monkeypatch.setattr(ImageDraw.ImageDraw, 'text', lambda self, place, text, **_: texts.append(text))
-    drawn = detect.draw_objects(Image.new('RGB', (300, 300)), [('cat', 0.987, box), ('dog', 0.4, box)], COLORS)
-    assert texts == ['dog 0.40', 'cat 0.99']
-    assert drawn.getpixel((20, 100)) == ImageColor.getrgb(RED)
+def test_the_surest_object_is_drawn_on_top_in_a_frame_that_is_seen_in_pictures_of_any_size():
+    for side in (60, 300, 1200):
+        box = side * 0.25, side * 0.4, side * 0.75, side * 0.75
+        drawn = detect.draw_objects(Image.new('RGB', (side, side)), [('cat', 0.987, box), ('dog', 0.4, box)], COLORS)
+        for i in range(max(2, side // 150)):
+            for place in ((side // 4 + i, side // 2), (side * 3 // 4 - i, side // 2), (side // 2, side * 3 // 4 - i)):
+                assert drawn.getpixel(place) == ImageColor.getrgb(COLORS['cat'])
+        assert drawn.getpixel((side // 2, side // 2)) == (0, 0, 0)  # a frame, no area
 
 
 @pytest.mark.parametrize('labels', [voc_labels, [f'class {i}' for i in range(200)]], ids=['VOC', '200 classes'])
@@ -206,30 +161,18 @@ def test_main_prints_a_line_per_object_and_the_path_of_the_copy(run, picture, tm
     assert str(copy) in last and '3 objects' in last
     with Image.open(copy) as image:
         assert image.size == (400, 200) and image.getpixel((100, 100)) == ImageColor.getrgb(label_color_map['cat'])
-
-
-def test_a_class_to_suppress_that_does_not_exist_is_named_beside_those_that_do(run, picture, tmp_path):
     with pytest.raises(InputError, match=r"'yeti'.*are aeroplane, .*tvmonitor"):
         run(picture, suppress=['cat', 'yeti'])
-    assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize(('output', 'expected', 'kind'), [
-    ('out/deep/er', 'out/deep/er/my photo.png', 'PNG'), ('copy.jpg', 'copy.jpg', 'JPEG'),
-    ('out/copy.PNG', 'out/copy.PNG', 'PNG'), ('v1.0', 'v1.0/my photo.png', 'PNG')])
+    ('out/deep/er', 'out/deep/er/my photo.png', 'PNG'), ('out/copy.JPG', 'out/copy.JPG', 'JPEG'),
+    ('v1.0', 'v1.0/my photo.png', 'PNG')])
 def test_output_is_a_files_name_if_it_ends_like_a_picture_otherwise_a_folder(
         run, picture, output, expected, kind, tmp_path):
     run(picture, output=output)
     with Image.open(tmp_path / expected) as image:
         assert image.size == (400, 200) and image.format == kind
-
-
-@pytest.mark.parametrize('name', ['photo', 'photo.psd'])
-def test_a_picture_of_a_format_that_cannot_be_written_is_copied_as_jpeg(run, name, tmp_path):
-    noise(40, 30).save(tmp_path / name, 'PNG')
-    run(tmp_path / name)
-    with Image.open(tmp_path / 'out' / 'photo.jpg') as image:
-        assert image.format == 'JPEG'
 
 
 @pytest.mark.parametrize('output', ['.', 'my photo.png', 'link'])
@@ -239,14 +182,6 @@ def test_the_picture_itself_is_never_overwritten(run, picture, output, tmp_path)
     with pytest.raises(InputError, match='overwrite.*my photo'):
         run(picture, output=output)
     assert picture.read_bytes() == before
-
-
-@pytest.mark.parametrize('suffix', ['.webp', '.gif', '.jpg'])
-def test_a_picture_too_large_for_a_format_is_one_line_and_leaves_no_file(suffix, tmp_path):
-    with pytest.raises(InputError) as refused:
-        detect.save_image(Image.new('RGB', (70_000, 1)), tmp_path / f'copy{suffix}')
-    assert str(tmp_path / f'copy{suffix}') in str(refused.value) and len(str(refused.value).splitlines()) == 1
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_photo_is_turned_upright_as_its_exif_data_say(run, network, tmp_path):
@@ -283,7 +218,7 @@ def test_one_unreadable_picture_of_a_folder_is_reported_and_the_rest_goes_on(run
                      for name in ('a.jpg', 'c.png')}
 
 
-def test_the_copies_of_several_pictures_never_overwrite_each_other(run, picture, tmp_path):
+def test_the_copies_of_several_pictures_never_overwrite_each_other_and_must_be_writable(run, picture, tmp_path):
     (tmp_path / 'more').mkdir()
     noise(9, 9).save(tmp_path / 'more' / picture.name)
     with pytest.raises(InputError, match='several pictures'):
@@ -291,24 +226,11 @@ def test_the_copies_of_several_pictures_never_overwrite_each_other(run, picture,
     with pytest.raises(InputError, match=r'2 pictures.*found\.jpg'):
         run(picture, tmp_path / 'more', output='found.jpg')
     assert not (tmp_path / 'out').exists()
+    with pytest.raises(InputError, match=r"copy\.webp' .* choose another"):
+        detect.save_image(Image.new('RGB', (70_000, 1)), tmp_path / 'copy.webp')  # WebP takes 16,383 pixels
 
 
-# ------------------------------------------------------------------------------------- showing, and a real run
-
-def test_the_picture_is_shown_on_a_screen_alone_and_a_viewer_that_fails_is_no_failure(monkeypatch, capsys):
-    shown, image = [], Image.new('RGB', (9, 9))
-    monkeypatch.setattr(Image.Image, 'show', lambda self: shown.append(self))
-    monkeypatch.setattr(detect.sys, 'platform', 'linux')
-    monkeypatch.delenv('DISPLAY', raising=False)
-    monkeypatch.delenv('WAYLAND_DISPLAY', raising=False)
-    detect.show(image)
-    assert shown == []
-    monkeypatch.setenv('DISPLAY', ':0')
-    detect.show(image)
-    assert shown == [image]
-    monkeypatch.setattr(Image.Image, 'show', lambda self: 1 / 0)
-    detect.show(image)
-    assert 'division by zero' in capsys.readouterr().out
+# ------------------------------------------------------------------------------------- a real run
 
 
 @pytest.mark.slow
