@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models import vgg16
-from torchvision.models.detection import ssd300_vgg16
 
 from model import FEATURE_MAPS, SSD300, PredictionConvolutions, VGGBase
 from utils import InputError, decimate
@@ -314,35 +313,3 @@ def test_an_image_gets_the_same_predictions_alone_and_in_a_batch(network, passed
 def test_images_of_another_shape_are_refused_in_words(model, shape):
     with pytest.raises(ValueError, match=r'\(N, 3, 300, 300\)'):
         model(torch.zeros(shape))
-
-
-def test_the_network_agrees_with_torchvisions(network, passed):
-    images, locs, scores, _ = passed
-    theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=21).eval()
-    # Their convolutions in the order of their definition: base, auxiliary, all heads for classes, all for boxes.
-    convs = [module for module in theirs.modules() if isinstance(module, nn.Conv2d)]
-    maps = ('conv4_3', 'conv7', 'conv8_2', 'conv9_2', 'conv10_2', 'conv11_2')
-    names = ([name for name in CONVOLUTIONS if not name.startswith('pred_convs.')]
-             + [f'pred_convs.cl_{name}' for name in maps] + [f'pred_convs.loc_{name}' for name in maps])
-    # Their priors at a position: 1, extra, 2, 1/2, 3, 1/3; ours: 1, extra, 2, 3, 1/2, 1/3.
-    swapped = {4: [0, 1, 2, 3], 6: [0, 1, 2, 4, 3, 5]}
-    with torch.no_grad():
-        theirs.backbone.scale_weight.copy_(network.rescale_factors.flatten())
-        for conv, name in zip(convs, names, strict=True):
-            ours, order = network.get_submodule(name), torch.arange(conv.out_channels)
-            if name.startswith('pred_convs.'):
-                n_priors = 4 if name.endswith(('conv4_3', 'conv10_2', 'conv11_2')) else 6
-                order = order.view(n_priors, -1)[swapped[n_priors]].flatten()
-            conv.weight.copy_(ours.weight[order])
-            conv.bias.copy_(ours.bias[order])
-        their_predictions = theirs.head(list(theirs.backbone(images[:1]).values()))
-
-    # Where in their list our i-th prior stands.
-    place, start = [], 0
-    for _, _, grid, _, ratios in FEATURE_MAPS:
-        n_priors = len(ratios) + 1
-        for position in range(grid ** 2):
-            place += [start + position * n_priors + swapped[n_priors][prior] for prior in range(n_priors)]
-        start += grid ** 2 * n_priors
-    torch.testing.assert_close(their_predictions['bbox_regression'][:, place], locs[:1], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(their_predictions['cls_logits'][:, place], scores[:1], atol=1e-4, rtol=1e-4)
