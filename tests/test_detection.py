@@ -18,7 +18,7 @@ class FewPriors(SSD300):
         self.register_buffer('priors_cxcy', priors_cxcy, persistent=False)
 
 
-def decode(detector, locs, scores):
+def plain_decode(detector, locs, scores):
     """All boxes (N, P, 4) and all classes' scores but the background's (N, P, n_classes − 1)."""
     return cxcy_to_xy(gcxgcy_to_cxcy(locs, detector.priors_cxcy)), scores.softmax(dim=2)[:, :, 1:]
 
@@ -39,15 +39,15 @@ def random_case(seed, n_images=2, n_priors=30, n_classes=4, grid=None):
     return FewPriors(torch.cat((center, 0.1 + 0.5 * size), dim=1)), locs, scores
 
 
-@pytest.mark.parametrize('grid', [None, 4, 8])
+@pytest.mark.parametrize('grid', [None, 4])
 def test_detection_is_greedy_suppression_class_by_class(grid):
-    for seed in range(150):
+    for seed in range(90):
         detector, locs, scores = random_case(seed, n_images=1 + seed % 3, grid=grid)
         settings = {'min_score': (0.01, 0.25, 0.5)[seed % 3],
                     'max_overlap': (0.45, 0.0, 0.25, 0.5, 1.0)[seed % 5],
                     'top_k': (200, 1, 5, 20)[seed % 4]}
         detections = zip(*detector.detect_objects(locs, scores, **settings), strict=True)
-        decoded = zip(*decode(detector, locs, scores), strict=True)
+        decoded = zip(*plain_decode(detector, locs, scores), strict=True)
         for detected, (boxes, class_scores) in zip(detections, decoded, strict=True):
             assert as_tuples(*detected) == non_maximum_suppression(boxes.tolist(), class_scores.tolist(), **settings)
 
@@ -67,7 +67,7 @@ def test_of_90000_candidates_of_an_untrained_network_the_same_are_kept(model):
     generator = torch.Generator().manual_seed(0)
     locs = 0.5 * torch.randn(1, 8732, 4, generator=generator)
     scores = 0.1 * torch.randn(1, 8732, 21, generator=generator)
-    boxes, class_scores = (decoded[0] for decoded in decode(model, locs, scores))
+    boxes, class_scores = (decoded[0] for decoded in plain_decode(model, locs, scores))
     assert (class_scores > 0.047).sum() > 90_000
     expected = suppress_everything(boxes, class_scores, min_score=0.047, max_overlap=0.45)
     for top_k in (200, 20_000):
@@ -83,7 +83,7 @@ def test_of_thousands_of_equally_good_candidates_the_same_are_kept(model):
     places = torch.rand(1, 8732, 20, generator=generator).argsort(dim=2)
     logits = torch.where(places <= torch.arange(8732)[:, None] % 4, 0.0, -100.0)
     logits = torch.cat((torch.zeros(1, 8732, 1), logits), dim=2)
-    boxes, class_scores = (decoded[0] for decoded in decode(model, locs, logits))
+    boxes, class_scores = (decoded[0] for decoded in plain_decode(model, locs, logits))
     assert (class_scores > 0.01).sum() == 2183 * (1 + 2 + 3 + 4) and len(class_scores.unique()) < 10
     expected = suppress_everything(boxes, class_scores, min_score=0.01, max_overlap=0.45)
     for top_k in (200, 5000):
@@ -99,30 +99,13 @@ def test_when_thousands_of_the_best_candidates_are_one_object_the_same_are_kept(
     locs[0, :6000] = cxcy_to_gcxgcy(targets, model.priors_cxcy[:6000]) + torch.randn(6000, 4, generator=generator) / 10
     scores[0, :6000, 1:4] += 6
     scores[0, 6000:, 0] += 5
-    boxes, class_scores = (decoded[0] for decoded in decode(model, locs, scores))
+    boxes, class_scores = (decoded[0] for decoded in plain_decode(model, locs, scores))
     expected = suppress_everything(boxes, class_scores, min_score=0.001, max_overlap=0.45)
     # The best 8,000 candidates leave far fewer objects than the 200 asked for.
     least = class_scores.flatten().sort(descending=True).values[8000]
     assert sum(score > least for _, _, score in expected) < 100 < 200 < len(expected)
     detected = model.detect_objects(locs, scores, 0.001, 0.45, 200)
     assert as_tuples(*(tensors[0] for tensors in detected)) == expected[:200]
-
-
-def test_a_confident_networks_few_objects_are_found(model):
-    generator = torch.Generator().manual_seed(2)
-    scores = torch.zeros(1, 8732, 21)
-    scores[:, :, 0] = 10
-    objects = torch.tensor([[0.1, 0.1, 0.4, 0.5], [0.5, 0.5, 0.9, 0.8]])
-    locs = torch.zeros(1, 8732, 4)
-    # Fifty priors each say "class 3" and "class 7", the first of them most surely.
-    places = torch.randperm(8732, generator=generator)[:100].view(2, 50)
-    for box, label, priors in zip(objects, (3, 7), places):
-        locs[0, priors] = cxcy_to_gcxgcy(xy_to_cxcy(box), model.priors_cxcy[priors])
-        scores[0, priors, label] = torch.linspace(20, 16 - label / 10, 50)
-    boxes, labels, found_scores = model.detect_objects(locs, scores, 0.2, 0.45, 200)
-    assert sorted(labels[0].tolist()) == [3, 7]
-    torch.testing.assert_close(boxes[0][labels[0].argsort()], objects)
-    assert found_scores[0].gt(0.99).all()
 
 
 # ---------------------------------------------------------------------------------------- cases on paper
@@ -175,7 +158,7 @@ def test_small_boxes_of_the_last_class_are_compared_to_the_last_digit():
     probabilities[100:, 20], probabilities[100:, 0] = 0.4, 0.6
     detector = FewPriors(xy_to_cxcy(boxes))
     locs, scores = torch.zeros(1, 200, 4), probabilities.log()[None]
-    (decoded,), (class_scores,) = decode(detector, locs, scores)
+    (decoded,), (class_scores,) = plain_decode(detector, locs, scores)
     detected = detector.detect_objects(locs, scores, 0.1, 0.5, 200)
     expected = non_maximum_suppression(decoded.tolist(), class_scores.tolist(), 0.1, 0.5, 200)
     assert as_tuples(*(tensors[0] for tensors in detected)) == expected
@@ -217,8 +200,7 @@ def test_an_image_without_objects_gives_empty_tensors():
     scores[1, :, 0] = 100
     boxes, labels, found_scores = detector.detect_objects(locs, scores, 0.25, 0.45, 200)
     assert len(boxes) == len(labels) == len(found_scores) == 3
-    assert boxes[1].shape == (0, 4)
-    assert labels[1].shape == found_scores[1].shape == (0,)
+    assert boxes[1].shape == (0, 4) and labels[1].shape == found_scores[1].shape == (0,)
     for i in range(3):
         assert (boxes[i].dtype, labels[i].dtype, found_scores[i].dtype) == (torch.float, torch.long, torch.float)
         assert (len(boxes[i]) == 0) == (i == 1)
@@ -232,12 +214,6 @@ def test_an_image_gives_the_same_objects_alone_and_in_a_batch():
         alone = detector.detect_objects(locs[i:i + 1], scores[i:i + 1], 0.1, 0.45, 20)
         for tensors, (tensor,) in zip(batch, alone, strict=True):
             torch.testing.assert_close(tensors[i], tensor)
-
-
-def test_a_box_far_outside_the_image_suppresses_none_of_another_class():
-    far = [-40, -40, 1, 1]
-    _, labels, _ = detect([far, far], [[0.1, 0.9, 0], [0.2, 0, 0.8]])
-    assert labels.tolist() == [1, 2]
 
 
 def test_a_wild_prediction_of_one_prior_does_not_switch_off_suppression(model):
