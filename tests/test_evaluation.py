@@ -2,14 +2,11 @@
 
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_voc
+from conftest import make_voc, run_script
 from PIL import Image
 from references import area, devkit_average_precision, eleven_points, precision_recall
 
@@ -81,7 +78,6 @@ def test_a_detection_finds_only_the_object_that_it_overlaps_most():
     # The second detection overlaps with both objects by more than a half, most with the one already found.
     objects = [([0, 0, 10, 10], 0), ([0, 1, 10, 11], 0)]
     assert ap([([0, 0, 10, 10], 0.9), ([0, 0, 10, 10], 0.8)], objects) == pytest.approx(6 / 11)
-    assert ap([([0, 0, 10, 10], 0.9), ([0, 1, 10, 11], 0.8)], objects) == 1
 
 
 def test_an_object_of_another_class_is_not_found():
@@ -149,13 +145,6 @@ def test_a_class_without_detections_has_no_precision_and_its_report_is_json():
     assert json.loads(json.dumps(evaluation.without_nan(row), allow_nan=False))['precision'] is None
 
 
-@pytest.mark.parametrize(('low', 'high', 'ticks'), [
-    (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 232, [0, 50, 100, 150, 200]), (0, 0.001, [0, 2e-4, 4e-4, 6e-4, 8e-4, 1e-3]),
-    (-4.5, 3, [-4, -2, 0, 2]), (0, 13.8, [0, 5, 10]), (0, 2, [0, 0.5, 1, 1.5, 2])])
-def test_axes_have_round_ticks(low, high, ticks):
-    assert evaluation.round_ticks(low, high) == pytest.approx(ticks)
-
-
 def test_a_plot_shows_its_lines_where_they_are_and_leaves_out_what_is_no_number():
     rising = [(0, 0), (1, math.nan), (4, 1)]
     image = draw_plots([Plot('line', [(None, '#ff0000', rising)]), Plot('nothing', [(None, '#ff0000', [])]),
@@ -200,7 +189,7 @@ def random_case(seed, n_classes=3):
 
 @pytest.mark.filterwarnings('ignore:no objects to be found')
 def test_average_precision_agrees_with_its_definition():
-    for seed in range(400):
+    for seed in range(200):
         detections, objects = random_case(seed)
         precisions, mean = calculate_mAP(*arguments(detections, objects, n_classes=3))
         images = range(len(objects))
@@ -252,22 +241,13 @@ def read_results(folder, label):
     return (folder / f'comp4_det_test_{label}.txt').read_text().splitlines()
 
 
-@pytest.mark.parametrize('shares', [
-    [[[0, 1], [2, 3], [4]]], [[[0, 1], [4]], [[2, 3]]], [[[0, 1]], [[2, 3]], [[4]], []]])
-def test_each_batch_has_its_turn_in_one_process(dataset, shares):
-    for rank, share in enumerate(shares):
-        assert list(evaluation.make_test_loader(dataset, 2, 0, rank, len(shares)).batch_sampler) == share
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:no objects to be found')
 def test_two_processes_write_the_very_files_of_one(lists, untrained_checkpoint, tmp_path, one_thread, monkeypatch):
     settings = {'data_folder': lists, 'checkpoint': untrained_checkpoint, 'workers': 0, 'batch_size': 2,
                 'output_folder': tmp_path / 'two'}
-    words = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', ROOT / 'eval.py', '--save_results',
-             *(word for name, value in settings.items() for word in (f'--{name}', value))]
-    two = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=300, check=False,
-                         env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    two = run_script('eval.py', '--save_results', *(word for name, value in settings.items()
+                                                    for word in (f'--{name}', value)), n_processes=2)
     assert two.returncode == 0, two.stderr
     assert two.stdout.count('mAP of 5 images') == two.stdout.count('Saved') == 1  # the first process alone reports
     for name, value in (settings | {'output_folder': tmp_path / 'one', 'save_results': True}).items():
