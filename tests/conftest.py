@@ -80,7 +80,7 @@ def make_voc(folder, pictures, split='trainval'):
 
 def noise(width, height, mode='RGB'):
     """A picture of random pixels."""
-    return Image.effect_noise((width, height), 90).convert(mode)
+    return Image.merge('RGB', [Image.effect_noise((width, height), 90) for _ in range(3)]).convert(mode)
 
 
 def random_boxes(*shape, seed=0, grid=None):

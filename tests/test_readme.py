@@ -1,5 +1,6 @@
 """README.md can't go stale: its links, pictures, snippets, commands and numbers are those of the code."""
 
+import ast
 import base64
 import contextlib
 import importlib
@@ -8,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -21,13 +23,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import FEATURE_MAPS
 from utils import override_settings
 
-README = (ROOT / 'README.md').read_text(encoding='utf-8')
+README, TESTS_README, IMG_README = ((ROOT / folder / 'README.md').read_text(encoding='utf-8')
+                                    for folder in ('', 'tests', 'img'))
 PROSE = re.sub(r'```.*?```', '', README, flags=re.DOTALL)
-LINKS = re.findall(r'(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]*(?:\([^()]*\)[^()\s]*)*)\)', PROSE)
 PICTURES = re.findall(r'!\[([^\]]*)\]\(([^)]*)\)', PROSE)
-SNIPPETS = re.findall(r'```python\n(.*?)```\n```\n(.*?)```', README, flags=re.DOTALL)
+EXCERPTS = re.findall(r'```python\n# in (\w+\.py), ([\w.]+)(?:\(\))?\n(.*?)```', README, flags=re.DOTALL)
+SNIPPETS = re.findall(r'```python\n(?!# in )(.*?)```\n```\n(.*?)```', README, flags=re.DOTALL)
 EMBEDDED = rb'(?<=base64,)[^"]*'  # the pictures inside an SVG
-COMMANDS = [line.split('  #')[0].strip() for block in re.findall(r'```bash\n(.*?)```', README, flags=re.DOTALL)
+COMMANDS = [line.split('  #')[0].strip() for block in re.findall(r'```bash\n(.*?)```', README + TESTS_README, re.DOTALL)
             for line in re.sub(r'\\\n\s*', '', block).splitlines()]
 
 
@@ -37,22 +40,25 @@ def anchors(markdown):
     return [re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings]
 
 
-@pytest.mark.parametrize('target', sorted({target for _, target in LINKS if not target.startswith('http')}))
-def test_every_local_link_leads_somewhere(target):
+def links():
+    """(page, text, target) of the links of all pages that lead to a place in the repository."""
+    link = r'(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]*(?:\([^()]*\)[^()\s]*)*)\)'
+    pages = {'README.md': PROSE, 'tests/README.md': TESTS_README, 'img/README.md': IMG_README}
+    return sorted({(page, text, target) for page, content in pages.items()
+                   for text, target in re.findall(link, content) if not target.startswith('http')})
+
+
+@pytest.mark.parametrize(('page', 'text', 'target'), links())
+def test_every_link_leads_somewhere_and_what_it_names_is_defined_there(page, text, target):
     file, _, anchor = target.partition('#')
-    assert not file or (ROOT / file).exists()
-    if anchor and not file.endswith('.py'):
-        assert anchor in anchors((ROOT / file).read_text(encoding='utf-8') if file else README)
-
-
-@pytest.mark.parametrize('text, target', sorted({link for link in LINKS if link[1].endswith('.py') and '`' in link[0]}))
-def test_links_into_the_code_name_something_that_is_defined_there(text, target):
-    name, content = re.search(r'`(\w+)', text)[1], (ROOT / target).read_text(encoding='utf-8')
-    assert re.search(rf'^\s*(def|class) {name}\b|^{name} = ', content, re.MULTILINE) or Path(target).name in text
-
-
-def test_no_link_counts_lines():
-    assert '.py#L' not in README
+    path = (ROOT / page).parent / file if file else ROOT / page
+    assert path.exists()
+    if anchor:
+        assert path.suffix == '.md' and anchor in anchors(path.read_text(encoding='utf-8'))  # and no line counts
+    name = re.search(r'`(\w+)', text)
+    if path.suffix == '.py' and name and path.name not in text:
+        defined = rf'^\s*(def|class) {name[1]}\b|^{name[1]}(: .*)? = '
+        assert re.search(defined, path.read_text(encoding='utf-8'), re.MULTILINE)
 
 
 def test_headings_have_anchors_of_their_own():
@@ -65,26 +71,63 @@ def test_the_contents_name_every_part():
     assert re.findall(r'\[([^\]]*)\]', contents) == parts[2:]  # after the title and "Contents"
 
 
-def test_every_picture_exists_and_has_a_text_that_tells_what_it_shows():
-    assert len(PICTURES) > 30
+def test_every_drawn_picture_is_shown_with_a_text_that_tells_what_it_shows_and_all_stay_small():
+    drawn = {path.name for path in (ROOT / 'img').iterdir() if path.suffix in ('.svg', '.jpg', '.png')}
+    assert drawn == {Path(path).name for _, path in PICTURES}
     for text, path in PICTURES:
         assert (ROOT / path).is_file(), path
         assert len(text) > 40 and text.endswith('.'), path
-
-
-def test_every_drawn_picture_is_shown():
-    drawn = {path.name for path in (ROOT / 'img').iterdir() if path.suffix in ('.svg', '.jpg', '.png')}
-    assert drawn == {Path(path).name for _, path in PICTURES}
-
-
-def test_all_pictures_together_stay_small():
     assert sum(path.stat().st_size for path in (ROOT / 'img').rglob('*') if path.is_file()) < 6e6
+
+
+def test_formulas_that_stand_alone_are_fenced():
+    assert '$$' not in README and README.count('```math') > 3
+
+
+def source_of(file, name):
+    """The lines of a function or class, or of a method given as Class.method or by its name alone, dedented."""
+    content = (ROOT / file).read_text(encoding='utf-8')
+    node = ast.parse(content)
+    for part in name.split('.'):
+        node = next(inner for inner in ast.walk(node) if getattr(inner, 'name', None) == part)
+    first = min([node, *node.decorator_list], key=lambda part: part.lineno).lineno
+    return textwrap.dedent('\n'.join(content.splitlines()[first - 1:node.end_lineno])).splitlines()
+
+
+def is_excerpt(excerpt, source) -> bool:
+    """Whether the excerpt's lines stand together in the source, with gaps only where the excerpt has a line of "…"."""
+    for indent in range(0, 24, 4):
+        place = 0  # in the source
+        for part in re.split(r'^ *(?:# )?…\n', excerpt, flags=re.MULTILINE):
+            lines = textwrap.indent(part.strip('\n'), ' ' * indent).splitlines()
+            places = (i for i in range(place or 0, len(source)) if source[i:i + len(lines)] == lines)
+            place = next(places, None) if lines and place is not None else place
+            place = place + len(lines) if place is not None else None
+        if place is not None:
+            return True
+    return False
+
+
+@pytest.mark.parametrize(('file', 'name', 'excerpt'), EXCERPTS, ids=[f'{file} {name}' for file, name, _ in EXCERPTS])
+def test_every_excerpt_stands_in_the_code_line_by_line(file, name, excerpt):
+    assert is_excerpt(excerpt, source_of(file, name)), excerpt
+
+
+def test_an_excerpt_with_another_character_or_a_gap_would_be_noticed():
+    source = ['def f(x):', '    for y in x:', '        z = y  # (N)', '        print(z)', '    return z']
+    assert is_excerpt('for y in x:\n    z = y  # (N)\n    # …\nreturn z\n', source)
+    assert is_excerpt('def f(x):\n    …\n    return z\n', source)
+    for wrong in ('z = y  # (M)\n', 'z = y\n', 'for y in x:\n    print(z)\n', 'for y in x:\nz = y  # (N)\n',
+                  'return z\n…\ndef f(x):\n'):
+        assert not is_excerpt(wrong, source), wrong
+    assert source_of('utils.py', 'decimate')[0] == 'def decimate(tensor, m):'
+    assert source_of('model.py', 'SSD300.create_prior_boxes')[:2] == ['@staticmethod', 'def create_prior_boxes():']
 
 
 @pytest.mark.slow
 def test_every_snippet_prints_what_is_shown(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert README.count('```python') == len(SNIPPETS) > 10
+    assert README.count('```python') == len(SNIPPETS) + len(EXCERPTS) > 10
     torch.manual_seed(0)
     namespace = {}
     for code, shown in SNIPPETS:
@@ -94,31 +137,20 @@ def test_every_snippet_prints_what_is_shown(monkeypatch):
         assert printed.getvalue() == shown, code
 
 
-def settings_of(command, monkeypatch):
-    """The settings that a command sets, after its script has taken them: wrong names and values end in SystemExit."""
-    words = shlex.split(command)
-    script = next(word for word in words if word.endswith('.py'))
-    arguments = words[words.index(script) + 1:]
-    path = ROOT / script
-    monkeypatch.syspath_prepend(str(path.parent))
-    module = importlib.import_module(path.stem)
-    monkeypatch.setattr(sys, 'argv', [script, *arguments])
-    with monkeypatch.context() as context:
-        for name in module.__annotations__:
-            context.setattr(module, name, getattr(module, name))  # restored afterwards
-        override_settings(module)
-    return [word for word in arguments if word.startswith('--')]
-
-
 @pytest.mark.parametrize('command', sorted({part.strip() for command in COMMANDS for part in command.split('&&')
                                             if '.py' in part}))
 def test_every_command_has_settings_that_exist(command, monkeypatch):
-    settings_of(command, monkeypatch)
-
-
-def test_a_wrong_setting_in_a_command_would_be_noticed(monkeypatch):
+    words = shlex.split(command)
+    script = next(word for word in words if word.endswith('.py'))
+    monkeypatch.syspath_prepend(str((ROOT / script).parent))
+    module = importlib.import_module(Path(script).stem)
+    for name in module.__annotations__:
+        monkeypatch.setattr(module, name, getattr(module, name))  # restored afterwards
+    monkeypatch.setattr(sys, 'argv', words[words.index(script):])
+    override_settings(module)
+    monkeypatch.setattr(sys, 'argv', [*sys.argv, '--batchsize', '3'])
     with pytest.raises(SystemExit):
-        settings_of('python train.py --batchsize 3', monkeypatch)
+        override_settings(module)  # a wrong name would be noticed
 
 
 def test_the_test_command_is_the_one_that_is_run_automatically():
@@ -168,7 +200,7 @@ def test_the_numbers_in_the_text_are_computed_by_the_code(model):
     assert f'{fc_weights / 1e6:.1f} million weights' in README
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, 300, 300))
-    assert f'{counter.get_total_flops() / 1e9:.1f} billion floating-point operations' in README
+    assert f'{counter.get_total_flops() / 1e9:.1f} billion floating-point operations' in TESTS_README
     # Each layer's kernel widens the field by (kernel − 1) · dilation · what one step on its input means in pixels.
     field, jump = 1, 1
     for block, n_convs in enumerate((2, 2, 3, 3), start=1):
@@ -181,14 +213,14 @@ def test_the_numbers_in_the_text_are_computed_by_the_code(model):
 
 def test_the_table_of_measurements_has_the_benchmarks_stages_and_goals():
     rows = [[cell.strip(' *') for cell in line.strip('|').split('|')]
-            for line in README.split('| stage / yardstick')[1].split('\n\n')[0].splitlines()[2:]]
+            for line in TESTS_README.split('| stage / yardstick')[1].split('\n\n')[0].splitlines()[2:]]
     assert [(name, goal) for name, _, goal in rows] == [
         (name, goal_text(goal, higher)) for name, (_, goal, higher) in STAGES.items()]
     for name, *ratios, _ in rows:  # bold is what misses its goal
         _, goal, higher = STAGES[name]
         sign = -1 if higher else 1
         missed = goal is not None and any(sign * float(ratio) > sign * goal for ratio in ratios)
-        assert missed == (f'| {name} | **' in README)
+        assert missed == (f'| {name} | **' in TESTS_README)
 
 
 def test_the_recipe_is_that_of_the_settings():

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
+from conftest import noise
 from PIL import Image
 from references import iou
 
@@ -23,29 +24,18 @@ def seed(value):
     torch.manual_seed(value)
 
 
-def noise(width, height):
-    """A picture of random pixels."""
-    return Image.frombytes('RGB', (width, height), random.randbytes(3 * width * height))
-
-
-def random_boxes(n, width, height, margin=0, smallest=1):
+def pixel_boxes(n, width, height, margin=0, smallest=1):
     """Boxes (n, 4) with whole coordinates in a picture, at least so many pixels away from its edges."""
-    boxes = []
-    for _ in range(n):
-        sides = []
-        for size in (width, height):
-            low = random.randint(margin, size - 1 - margin - smallest)
-            sides.append((low, random.randint(low + smallest, size - 1 - margin)))
-        (x_min, x_max), (y_min, y_max) = sides
-        boxes.append([x_min, y_min, x_max, y_max])
-    return torch.tensor(boxes, dtype=torch.float).view(-1, 4)
+    lows = [[random.randint(margin, size - 1 - margin - smallest) for size in (width, height)] for _ in range(n)]
+    return torch.tensor([[x, y, random.randint(x + smallest, width - 1 - margin),
+                          random.randint(y + smallest, height - 1 - margin)] for x, y in lows], dtype=torch.float)
 
 
 def random_case(value, margin=0, smallest=1, low=20, high=250):
     """A picture with one to six objects. The i-th has the label i + 1 and is difficult if i is odd."""
     seed(value)
     width, height = random.randint(low, high), random.randint(low, high)
-    boxes = random_boxes(random.randint(1, 6), width, height, margin, smallest)
+    boxes = pixel_boxes(random.randint(1, 6), width, height, margin, smallest)
     labels = torch.arange(1, len(boxes) + 1)
     return noise(width, height), boxes, labels, (labels % 2 == 0)
 
@@ -66,7 +56,8 @@ def colors(image):
 
 @pytest.mark.parametrize('value', range(20))
 def test_a_training_picture_keeps_shapes_and_types_with_labels_and_difficulties_beside_their_boxes(value):
-    image, boxes, labels, difficulties = random_case(value)
+    case = image, boxes, labels, difficulties = random_case(value)
+    before = [image.tobytes(), *(tensor.clone() for tensor in case[1:])]
     image, new_boxes, new_labels, new_difficulties = transform(image, boxes, labels, difficulties, 'TRAIN')
     n = len(new_boxes)
     assert 1 <= n <= len(boxes)  # some object always survives
@@ -77,20 +68,10 @@ def test_a_training_picture_keeps_shapes_and_types_with_labels_and_difficulties_
     assert (new_boxes >= 0).all() and (new_boxes <= 1).all() and (new_boxes[:, 2:] > new_boxes[:, :2]).all()
     assert new_difficulties.equal(new_labels % 2 == 0)
     assert new_labels.tolist() == sorted({*new_labels.tolist()} & {*labels.tolist()})
+    assert case[0].tobytes() == before[0] and all(map(torch.equal, case[1:], before[1:]))  # the caller's
 
 
-@pytest.mark.parametrize('split', ['TRAIN', 'TEST'])
-def test_what_is_passed_in_stays_as_it_was(split):
-    for value in range(8):
-        image, boxes, labels, difficulties = random_case(value)
-        before = image.tobytes(), image.size, boxes.clone(), labels.clone(), difficulties.clone()
-        transform(image, boxes, labels, difficulties, split)
-        assert (image.tobytes(), image.size) == before[:2]
-        for tensor, old in zip((boxes, labels, difficulties), before[2:]):
-            assert tensor.equal(old)
-
-
-@pytest.mark.parametrize('size', [(1, 1), (2, 2), (1, 500), (6000, 40), (40, 6000)])
+@pytest.mark.parametrize('size', [(1, 1), (1, 500), (6000, 40)])
 @pytest.mark.parametrize('split', ['TRAIN', 'TEST'])
 def test_pictures_of_any_size_work_with_and_without_an_object(size, split):
     seed(0)
@@ -102,12 +83,8 @@ def test_pictures_of_any_size_work_with_and_without_an_object(size, split):
                 Image.new('RGB', size, 'red'), boxes, torch.ones(n, dtype=torch.long), torch.zeros(n).bool(), split)
             assert pixels.shape == (3, 300, 300) and pixels.isfinite().all()
             assert new_boxes.shape == (n, 4) and labels.shape == (n,) and difficulties.shape == (n,)
-            assert (new_boxes.dtype, labels.dtype, difficulties.dtype) == (torch.float, torch.long, torch.bool)
             assert (new_boxes[:, 2:] > new_boxes[:, :2]).all()
             assert (pixels != 0).any()  # something of the picture is to be seen, however thin it is
-
-
-def test_what_is_smaller_than_an_output_pixel_is_still_to_be_seen():
     image = look_through(Image.new('RGB', (10, 10), 'red'), (-500, -500, 10_500, 10_500))
     assert (image != 0).any(dim=0).sum() == 1
 
@@ -168,7 +145,7 @@ def check_painting(image, boxes, originals, scale):
     return mirrored
 
 
-@pytest.mark.parametrize('value', range(12))
+@pytest.mark.parametrize('value', range(8))
 def test_a_picture_painted_with_its_own_coordinates_proves_that_boxes_and_pixels_move_together(value, monkeypatch):
     windows = []
 
@@ -233,31 +210,18 @@ def test_half_of_the_pictures_are_mirrored_and_half_zoomed_out_independently(mon
 
 # ------------------------------------------------------------------------------------------- zooming in
 
-@pytest.fixture
-def overlap_drawn(monkeypatch):
-    """Makes random_crop draw a given overlap, and no crop at all only if 20 times 50 tries have failed."""
-    def draw(overlap):
-        drawn = iter([overlap] * 20)
-
-        def choice(options):
-            assert options == OVERLAPS
-            return next(drawn, None)
-
-        monkeypatch.setattr(random, 'choice', choice)
-    return draw
-
-
 @pytest.mark.parametrize('overlap', OVERLAPS[1:])
-def test_a_crop_keeps_the_limits_of_size_aspect_ratio_center_and_overlap(overlap, overlap_drawn):
+def test_a_crop_keeps_the_limits_of_size_aspect_ratio_center_and_overlap(overlap, monkeypatch):
     seed(1)
     cropped, sizes, aspect_ratios = 0, [], []
     for _ in range(120):
         window = zoom_out(random.randint(60, 400), random.randint(60, 400))
         width, height = window[2] - window[0], window[3] - window[1]
-        boxes = random_boxes(random.randint(1, 5), width, height) + torch.tensor(window[:2]).repeat(2)
+        boxes = pixel_boxes(random.randint(1, 5), width, height) + torch.tensor(window[:2]).repeat(2)
         if random.random() < 0.5:  # small objects can't fill nine tenths of a crop
             boxes[-1] = torch.tensor(window) - torch.tensor([0, 0, 1, 1])
-        overlap_drawn(overlap)
+        drawn = iter([overlap] * 20)  # no crop at all only if 20 times 50 tries have failed
+        monkeypatch.setattr(random, 'choice', lambda options, drawn=drawn: next(drawn, None))
         (left, top, right, bottom), new_boxes, kept = random_crop(window, boxes)
         if (left, top, right, bottom) == window and kept.all() and new_boxes.equal(boxes):
             continue
@@ -279,13 +243,8 @@ def test_a_crop_keeps_the_limits_of_size_aspect_ratio_center_and_overlap(overlap
     assert cropped > 30
     assert max(sizes) > 0.9 and min(sizes) < max(overlap, 0.35)
     assert overlap > 0.1 or (min(aspect_ratios) < 0.57 and max(aspect_ratios) > 1.8)
-
-
-def test_without_objects_nothing_is_cropped():
-    seed(0)
-    for _ in range(50):
-        window, boxes, kept = random_crop((-5, -6, 70, 80), torch.zeros(0, 4))
-        assert window == (-5, -6, 70, 80) and boxes.shape == (0, 4) and kept.shape == (0,) and kept.dtype == torch.bool
+    window, boxes, kept = random_crop((-5, -6, 70, 80), torch.zeros(0, 4))  # without objects, nothing is cropped
+    assert window == (-5, -6, 70, 80) and boxes.shape == (0, 4) and kept.shape == (0,) and kept.dtype == torch.bool
 
 
 def reference_crop(width, height, boxes):
@@ -346,13 +305,10 @@ def test_zooming_out_goes_from_once_to_four_times_with_the_picture_anywhere_insi
 
 # ---------------------------------------------------------------------------------------------- colors
 
-def test_distortions_and_their_ranges_are_those_of_the_caffe_code():
-    ranges = {adjust.__name__: (low, high) for adjust, low, high in DISTORTIONS}
+def test_each_distortion_comes_half_of_the_time_anywhere_in_its_range_and_in_any_order(monkeypatch):
+    ranges = {adjust.__name__: (low, high) for adjust, low, high in DISTORTIONS}  # those of the Caffe code
     assert ranges == {'adjust_brightness': (0.5, 1.5), 'adjust_contrast': (0.5, 1.5), 'adjust_saturation': (0.5, 1.5),
                       'shift_hue': (-18 / 255, 18 / 255)}
-
-
-def test_each_distortion_comes_half_of_the_time_anywhere_in_its_range_and_in_any_order(monkeypatch):
     calls = []
     monkeypatch.setattr(utils, 'DISTORTIONS', tuple(
         (lambda image, factor, i=i: calls.append((i, factor)) or image, 10 * i, 10 * i + 1) for i in range(4)))
