@@ -128,13 +128,8 @@ def measure_loss():
     labels = [torch.tensor([1, 2, 3])] * 8
     locs = torch.randn(8, len(model.priors_cxcy), 4, requires_grad=True)
     scores = torch.randn(8, len(model.priors_cxcy), 21, requires_grad=True)
-
-    def network():
-        predicted_locs, predicted_scores = model(images)
-        (predicted_locs.mean() + predicted_scores.mean()).backward()
-
     times, ratios = in_turn(lambda: timed(lambda: criterion(locs, scores, boxes, labels).backward(), n=3),
-                            lambda: timed(network))
+                            lambda: timed(train_step(model, images)))
     return [seconds / 8 for seconds in times], ratios
 
 
@@ -176,7 +171,8 @@ def measure_script():
 def measure_workers(hand_over=True):
     """Images per second with 2 workers, against without. Unless they hand over their batches, they only tell of them
     how long they are: this is what workers can gain at most."""
-    dataset = photo_dataset(n_pictures)
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = PascalVOCDataset(make_lists(folder, n_pictures), 'TRAIN')
 
     def load(workers):
         loader = DataLoader(dataset, batch_size=8, num_workers=workers,
@@ -190,61 +186,53 @@ def measure_workers(hand_over=True):
     return times, [1 / ratio for ratio in ratios]
 
 
-def photo_dataset(n):
-    """The sample's training pictures again and again, n in all, augmented."""
-    with tempfile.TemporaryDirectory() as folder:
-        make_lists(folder, n)
-        return PascalVOCDataset(folder, 'TRAIN')
-
-
 def make_lists(folder, n):
-    """Data lists of n training and n test pictures, by repeating the sample's."""
+    """Data lists of n training and n test pictures, by repeating the sample's. Returns the folder."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         create_data_lists(SAMPLE / 'VOC2007', SAMPLE / 'VOC2012', folder)
     for name in ('TRAIN_images', 'TRAIN_objects', 'TEST_images', 'TEST_objects'):
         path = Path(folder, f'{name}.json')
         entries = json.loads(path.read_text())
         path.write_text(json.dumps([entries[i % len(entries)] for i in range(n)]))
+    return folder
+
+
+def compare_peaks(*commands):
+    """The peak memory of a script with its first arguments, against with its second ones; "times" are bytes here."""
+    peaks = [peak_memory([sys.executable, *command]) for command in commands]
+    return peaks[:1], [peaks[0] / peaks[1]]
 
 
 def measure_memory():
-    """Peak memory of eval.py on 64 pictures, against on 16; "times" are bytes here."""
-    model = make_model()
+    """eval.py on 64 pictures, against on 16."""
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = save_untrained(model, folder)
-        peaks = []
-        for n in (64, 16):
-            data = Path(folder, str(n))
-            data.mkdir()
-            make_lists(data, n)
-            peaks.append(peak_memory([sys.executable, ROOT / 'eval.py', '--data_folder', data, '--checkpoint',
-                                      checkpoint, '--workers', '0', '--output_folder', folder]))
-    return peaks[:1], [peaks[0] / peaks[1]]
+        command = [ROOT / 'eval.py', '--checkpoint', save_untrained(make_model(), folder), '--workers', '0',
+                   '--output_folder', folder, '--data_folder']
+        return compare_peaks(*([*command, make_lists(Path(folder, str(n)), n)] for n in (64, 16)))
+
+
+def measure_frozen_memory(n_blocks):
+    """train.py in a step of 8 images with VGG blocks frozen, against without."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [ROOT / 'train.py', '--data_folder', make_lists(folder, 8), '--output_folder', folder, '--workers',
+                   '0', '--finetune', save_untrained(make_model(), folder), '--epochs', '1', '--eval_every', 'None']
+        return compare_peaks(*([*command, '--freeze', str(n)] for n in (n_blocks, 0)))
+
+
+def train_step(model, images):
+    """A function that runs a forward and a backward pass, without a loss."""
+    def step():
+        predicted_locs, predicted_scores = model(images)
+        (predicted_locs.mean() + predicted_scores.mean()).backward()
+    return step
 
 
 def measure_frozen_blocks(n_blocks):
     """Forward and backward pass of four images with VGG blocks frozen, against without."""
     images, frozen, free = torch.randn(4, 3, IMAGE_SIZE, IMAGE_SIZE), make_model().train(), make_model().train()
     frozen.base.freeze_blocks(n_blocks)
-
-    def step(model):
-        predicted_locs, predicted_scores = model(images)
-        (predicted_locs.mean() + predicted_scores.mean()).backward()
-
-    times, ratios = in_turn(lambda: timed(lambda: step(frozen)), lambda: timed(lambda: step(free)))
+    times, ratios = in_turn(lambda: timed(train_step(frozen, images)), lambda: timed(train_step(free, images)))
     return [seconds / 4 for seconds in times], ratios
-
-
-def measure_frozen_memory(n_blocks):
-    """Peak memory of train.py in a step of 8 images with VGG blocks frozen, against without."""
-    with tempfile.TemporaryDirectory() as folder:
-        make_lists(folder, 8)
-        checkpoint = save_untrained(make_model(), folder)
-        settings = ['--data_folder', folder, '--finetune', checkpoint, '--output_folder', folder, '--workers', '0',
-                    '--epochs', '1', '--eval_every', 'None']
-        peaks = [peak_memory([sys.executable, ROOT / 'train.py', *settings, '--freeze', str(n)])
-                 for n in (n_blocks, 0)]
-    return peaks[:1], [peaks[0] / peaks[1]]
 
 
 # A process inherits the peak of the one that starts it: so a small one in between starts it and looks.
@@ -331,12 +319,11 @@ def goal_text(goal, higher):
 
 
 def processor():
-    """The processor's name."""
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        return next(line.split(':')[1].strip() for line in lines if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    """The processor's name, where the system tells it."""
+    info = Path('/proc/cpuinfo')
+    names = [line.split(':')[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')
+             ] if info.exists() else []
+    return names[0] if names else platform.machine()
 
 
 if __name__ == '__main__':

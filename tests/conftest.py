@@ -97,12 +97,3 @@ def run_script(name, *arguments, folder=ROOT, n_processes=1, **environment):
     launcher = ['-m', 'torch.distributed.run', f'--nproc_per_node={n_processes}'] if n_processes > 1 else []
     return subprocess.run([sys.executable, *launcher, str(ROOT / name), *map(str, arguments)], cwd=folder, text=True,
                           capture_output=True, timeout=300, env={**os.environ, **environment}, check=False)
-
-
-def assert_one_sentence(process, *names):
-    """The process failed with one line on standard error that holds all names, and without a traceback."""
-    assert process.returncode != 0
-    last = process.stderr.strip().splitlines()[-1]
-    assert 'Traceback' not in process.stderr, process.stderr
-    for name in names:
-        assert str(name) in last, last

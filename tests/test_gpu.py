@@ -1,12 +1,11 @@
 """On a GPU: the same network, loss, matching and detections as on the CPU, without a single wait in a training step."""
 
 import copy
-import subprocess
-import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import run_script
 
 import train
 from model import MultiBoxLoss
@@ -59,25 +58,21 @@ def test_network_loss_matching_and_detections_are_those_of_the_cpu(model, on_gpu
         torch.testing.assert_close(theirs.cpu(), ours, rtol=1e-4, atol=1e-5)
 
 
-def one_step(network, criterion, optimizer, batch, progress):
-    train.train_epoch([batch], network, criterion, optimizer, 0, autocast(torch.device('cuda'), 'float32'), progress)
-
-
-class NoProgress:
-    def update(self, parts, n_images, rate):
-        self.parts = parts
-
-
 def test_a_training_step_never_waits_for_the_gpu(on_gpu, images):
     network = copy.deepcopy(on_gpu)
     criterion, optimizer = MultiBoxLoss(network.priors_cxcy).cuda(), train.make_optimizer(network, None)
     boxes, labels = objects('cpu')
     batch = (images.pin_memory(), [box.pin_memory() for box in boxes], [label.pin_memory() for label in labels], None)
-    one_step(network, criterion, optimizer, batch, NoProgress())  # chooses algorithms, makes the momentum
+
+    def one_step():
+        precision = autocast(torch.device('cuda'), 'float32')
+        train.train_epoch([batch], network, criterion, optimizer, 0, precision, Mock())
+
+    one_step()  # chooses algorithms, makes the momentum
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode('error')
     try:
-        one_step(network, criterion, optimizer, batch, NoProgress())
+        one_step()
     finally:
         torch.cuda.set_sync_debug_mode('default')
 
@@ -95,10 +90,8 @@ def test_bfloat16_is_close_to_float32(on_gpu, images):
 
 
 def run_train(sample_lists, folder, *settings, n_processes=1):
-    launcher = ['-m', 'torch.distributed.run', f'--nproc_per_node={n_processes}'] if n_processes > 1 else []
-    process = subprocess.run([sys.executable, *launcher, 'train.py', '--data_folder', str(sample_lists), '--workers',
-                              '0', '--output_folder', str(folder), '--eval_every', 'None', *map(str, settings)],
-                             cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    process = run_script('train.py', '--data_folder', sample_lists, '--workers', 0, '--output_folder', folder,
+                         '--eval_every', 'None', *settings, n_processes=n_processes)
     assert process.returncode == 0, process.stderr
     return load_checkpoint(folder / 'checkpoint_ssd300.pth')
 

@@ -13,6 +13,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -27,11 +28,7 @@ from utils import InputError, create_data_lists, load_checkpoint
 
 
 class Base(nn.Module):
-    def load_pretrained_layers(self):
-        raise AssertionError('downloads weights')
-
-    def freeze_blocks(self, n_blocks):
-        pass
+    load_pretrained_layers, freeze_blocks = Mock(side_effect=AssertionError('downloads weights')), Mock()
 
 
 class TinySSD(nn.Module):
@@ -273,7 +270,7 @@ def test_losses_rate_and_mAP_go_to_tensorboard_where_it_is_installed(run, tmp_pa
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', types.SimpleNamespace(SummaryWriter=lambda _: writer))
     run(epochs=2, eval_every=2, warmup=0)
     steps = {name: [step for key, _, step in scalars if key == name] for name, _, _ in scalars}
-    assert steps['loss'] == steps['loss/confidence'] == steps['loss/localization'] == steps['lr'] == [1, 2, 3, 4, 5, 6]
+    assert steps['loss'] == steps['confidence_loss'] == steps['localization_loss'] == steps['lr'] == [1, 2, 3, 4, 5, 6]
     assert steps['mAP'] == [6]
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)  # importing it fails
     run('without')
@@ -281,24 +278,18 @@ def test_losses_rate_and_mAP_go_to_tensorboard_where_it_is_installed(run, tmp_pa
 
 # ----------------------------------------------------------------------------------------------------- the step
 
-def test_biases_learn_twice_as_fast(run):
-    content = run(lr=1e-3, momentum=0.0, weight_decay=0.0, batch_size=8)
+def test_biases_learn_twice_as_fast_and_grad_clip_limits_the_norm_of_the_gradient(run):
+    content = run(lr=1.0, momentum=0.0, weight_decay=0.0, batch_size=8, grad_clip=0.05)
     network = TinySSD.made[-1]
     assert [len(group['params']) for group in content['optimizer']['param_groups']] == [1, 1]
     torch.manual_seed(0)
     before = TinySSD(network.n_classes)
-    for name, rate in (('weight', 1e-3), ('bias', 2e-3)):  # one step: the gradient is still there
+    for name, rate in (('weight', 1), ('bias', 2)):  # one step: the gradient is still there
         parameter = getattr(network.conv, name)
-        step = getattr(before.conv, name) - parameter
-        assert parameter.grad.abs().max() > 0
-        assert torch.allclose(step, rate * parameter.grad, atol=1e-7)
-
-
-def test_grad_clip_limits_the_norm_of_the_gradient(run):
-    for grad_clip in (None, 1e-3):
-        run(grad_clip=grad_clip, batch_size=8)
-        norm = torch.cat([p.grad.flatten() for p in TinySSD.made[-1].parameters()]).norm()
-        assert (norm > 0.1) if grad_clip is None else (norm == pytest.approx(1e-3, rel=1e-3))
+        assert parameter.grad.abs().max() > 1e-4
+        assert torch.allclose(getattr(before.conv, name) - parameter, rate * parameter.grad, atol=1e-7)
+    norm = torch.cat([parameter.grad.flatten() for parameter in network.parameters()]).norm()
+    assert norm == pytest.approx(0.05, rel=1e-3)
 
 
 def test_the_localization_setting_reaches_the_loss(run, tmp_path):
@@ -430,7 +421,7 @@ def test_the_log_has_one_line_per_epoch_also_after_a_run_that_died_before_saving
 
 # ------------------------------------------------------------------------------------------ what can't be gone on with
 
-def test_a_finished_run_or_one_for_other_classes_or_of_something_else_is_not_gone_on_with(run, run_path, one_picture):
+def test_a_finished_run_or_one_for_other_classes_or_without_a_training_is_not_gone_on_with(run, run_path, one_picture):
     content = run()
 
     def refused(complaint, **settings):
@@ -443,8 +434,9 @@ def test_a_finished_run_or_one_for_other_classes_or_of_something_else_is_not_gon
     (one_picture / 'label_map.json').write_text(json.dumps(labels))
     sentence = refused('belong together', data_folder=one_picture, epochs=2)
     assert str(labels) in sentence and 'aeroplane' in sentence
-    torch.save({**content, 'optimizer': {'state': 3, 'param_groups': 4}}, run_path)
-    assert run_path in refused("holds another optimizer than train", epochs=2)
+    del content['optimizer']
+    torch.save(content, run_path)
+    assert run_path in refused('holds weights but no training to go on with', epochs=2)
 
 
 # ------------------------------------------------------------------------------------------- real processes, real kills
