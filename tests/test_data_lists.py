@@ -4,7 +4,6 @@ import codecs
 import json
 import math
 import os
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -80,14 +79,6 @@ def test_decimals_capitals_blanks_and_a_missing_difficult_are_read(tmp_path):
     xml = make_annotation([(' Cat\n', (' 12.0', '3.5 ', '\n40.25\n', '4e1'), ' 1 '), ('DOG', (1, 1, 9, 9), None)])
     assert parse(tmp_path, xml) == {'boxes': [[11.0, 2.5, 39.25, 39.0], [0, 0, 8, 8]], 'labels': [CAT, DOG],
                                     'difficulties': [1, 0]}
-
-
-def test_labels_outside_the_map_are_counted_and_their_objects_left_out(tmp_path):
-    counts = Counter({'yeti': 1})
-    objects = [('yeti', (1, 1, 9, 9), 0), ('cat', (1, 1, 9, 9), 0), ('background', (1, 1, 9, 9), 1),
-               ('yeti', (5, 5, 1, 1), 0)]
-    assert parse(tmp_path, make_annotation(objects), unknown_labels=counts)['labels'] == [CAT]
-    assert counts == {'yeti': 3, 'background': 1}
 
 
 @pytest.mark.parametrize('box', [(9, 1, 9, 20), (1, 20, 20, 10), ('nan', 1, 9, 9), ('10.0000001', 1, '10.0000002', 9)])

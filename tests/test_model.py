@@ -144,12 +144,6 @@ def test_a_constructor_neither_downloads_nor_reads_weights(monkeypatch):
     assert len(SSD300(n_classes=2).state_dict()) == 71
 
 
-def test_a_fully_connected_layer_is_a_convolution_as_large_as_its_input():
-    maps, linear = torch.randn(2, 5, 7, 7), nn.Linear(5 * 7 * 7, 12)
-    convolved = F.conv2d(maps, linear.weight.view(12, 5, 7, 7), linear.bias)  # (2, 12, 1, 1)
-    torch.testing.assert_close(convolved.flatten(1), linear(maps.flatten(1)), atol=1e-5, rtol=1e-5)
-
-
 def test_a_decimated_convolution_skips_the_inputs_whose_weights_went():
     weight, maps = torch.randn(8, 5, 7, 7), torch.randn(2, 5, 7, 7)
     thinned = torch.zeros_like(weight)

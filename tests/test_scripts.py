@@ -13,7 +13,6 @@ from PIL import Image
 
 import create_data_lists
 import detect
-import eval as evaluation
 import train
 import utils
 
@@ -90,13 +89,6 @@ def test_a_file_in_the_way_of_the_output_folder_is_one_sentence(refusal, sample_
     (tmp_path / 'file').write_text('in the way')
     sentence = refusal(train, '--data_folder', sample_lists, '--output_folder', 'file')
     assert "can't make the folder 'file'" in sentence and 'choose another one' in sentence
-
-
-def test_a_truncated_checkpoint_is_one_sentence(refusal, sample_lists, untrained_checkpoint, tmp_path):
-    path = tmp_path / 'truncated.pth'
-    path.write_bytes(untrained_checkpoint.read_bytes()[:100000])
-    sentence = refusal(evaluation, '--data_folder', sample_lists, '--checkpoint', path)
-    assert str(path) in sentence and 'it is damaged' in sentence
 
 
 def test_pretrained_weights_that_can_not_be_downloaded_are_one_sentence_with_a_way_out(refusal, sample_lists, tmp_path,

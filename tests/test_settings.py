@@ -152,15 +152,6 @@ def test_every_setting_is_of_its_own_type_and_explained_by_a_comment(name, comma
         assert len(lines.split('(default:')[0].split()) > 2, f'{setting} has no comment'  # beside name and kind
 
 
-def test_the_recipe_is_that_of_the_design():
-    expected = {'keep_difficult': True, 'pretrained': True, 'augment': True, 'checkpoint': None, 'batch_size': 8,
-                'epochs': 232, 'lr': 1e-3, 'warmup': 500, 'decay_lr_at': [2 / 3, 5 / 6], 'decay_lr_to': 0.1,
-                'momentum': 0.9, 'weight_decay': 5e-4, 'grad_clip': None, 'localization': 'smooth_l1', 'freeze': 0,
-                'precision': 'float32', 'eval_every': 10}
-    assert {name: getattr(train, name) for name in expected} == expected
-    assert (evaluation.MIN_SCORE, evaluation.MAX_OVERLAP, evaluation.TOP_K) == (0.01, 0.45, 200)
-
-
 def test_what_one_script_writes_is_what_the_next_one_reads():
     assert create_data_lists.output_folder == train.data_folder == evaluation.data_folder
     assert evaluation.checkpoint == detect.checkpoint == train.CHECKPOINT_NAME == 'checkpoint_ssd300.pth'
