@@ -90,21 +90,17 @@ def test_base_starts_from_he_the_rest_from_xavier_biases_from_0_and_rescale_fact
 @pytest.fixture(scope='module')
 def pretrained():
     """A stand-in for ImageNet's VGG-16, where torch.hub would have put the download; and a base that took it over."""
-    with tempfile.TemporaryDirectory() as folder:  # 550 MB, which pytest's tmp_path would keep
-        (Path(folder) / 'checkpoints').mkdir()
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as context:  # tmp_path would keep 550 MB
+        (Path(folder) / 'hub' / 'checkpoints').mkdir(parents=True)
         torch.manual_seed(1)
         weights = vgg16(weights=None).state_dict()
         for name, bias in weights.items():
             if name.endswith('bias'):
                 nn.init.normal_(bias)
-        torch.save(weights, Path(folder) / 'checkpoints' / 'vgg16-397923af.pth')
-        before = torch.hub.get_dir()
-        torch.hub.set_dir(folder)
-        try:
-            base = VGGBase()
-            base.load_pretrained_layers()
-        finally:
-            torch.hub.set_dir(before)
+        torch.save(weights, Path(folder) / 'hub' / 'checkpoints' / 'vgg16-397923af.pth')
+        context.setenv('TORCH_HOME', folder)
+        base = VGGBase()
+        base.load_pretrained_layers()
     return weights, base
 
 
