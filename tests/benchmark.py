@@ -304,7 +304,7 @@ def main():
         rows.append((name, amount, f'{ratio:.3f} ({min(ratios):.3f}–{max(ratios):.3f})',
                      goal_text(goal, higher), met))
 
-    print(f'{processor()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads')
+    print(f'{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads')
     print(f'Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, '
           f'Pillow {Image.__version__}')
     header = ('stage / yardstick', 'per image', 'ratio (range)', 'goal', 'met')
@@ -316,14 +316,6 @@ def main():
 def goal_text(goal, higher):
     """A goal as the table shows it."""
     return '' if goal is None else f'{"≥" if higher else "≤"} {goal}'
-
-
-def processor():
-    """The processor's name, where the system tells it."""
-    info = Path('/proc/cpuinfo')
-    names = [line.split(':')[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')
-             ] if info.exists() else []
-    return names[0] if names else platform.machine()
 
 
 if __name__ == '__main__':

@@ -53,13 +53,6 @@ def test_in_bfloat16_the_network_detects_nearly_the_same(model):
     assert (find_jaccard_overlap(found[0][0], low_found[0][0]).amax(dim=1) > 0.95).float().mean() > 0.9
 
 
-@pytest.mark.parametrize(('capabilities', 'enabled'), [({'avx512_bf16': True}, True), ({'avx2': True}, False)])
-def test_auto_is_bfloat16_where_the_cpu_computes_in_it(capabilities, enabled, monkeypatch):
-    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: capabilities, raising=False)
-    with autocast(torch.device('cpu'), 'auto'):
-        assert torch.is_autocast_enabled('cpu') == enabled
-
-
 # ------------------------------------------------------------------------------------------- other classes
 
 @pytest.mark.parametrize('labels', [('apple', 'Apple '), ('background', 'apple')])
@@ -97,7 +90,7 @@ def test_fine_tuning_keeps_everything_but_the_class_heads_of_other_classes(untra
 
 
 @pytest.mark.slow
-def test_eval_and_detect_take_the_classes_from_the_checkpoint(fruit_lists, tmp_path):
+def test_eval_takes_the_classes_from_the_checkpoint(fruit_lists, tmp_path):
     torch.manual_seed(0)
     checkpoint = tmp_path / 'fruit.pth'
     torch.save({'epoch': 1, 'model': SSD300(n_classes=4).state_dict(), 'label_map': make_label_map(FRUIT)}, checkpoint)
@@ -110,13 +103,6 @@ def test_eval_and_detect_take_the_classes_from_the_checkpoint(fruit_lists, tmp_p
     assert report['classes']['plum']['AP'] is None  # no objects, no AP
     curves = Image.open(tmp_path / 'report' / 'precision_recall.png')
     assert min(curves.size) > 100
-
-    picture = PascalVOCDataset(fruit_lists, 'TEST').images[0]
-    found = run_script('detect.py', '--checkpoint', checkpoint, '--image', picture, '--min_score', 0.2, '--output',
-                       tmp_path, '--top_k', 3, '--save_json')
-    assert found.returncode == 0, found.stderr
-    objects, = json.loads((tmp_path / 'detections.json').read_text()).values()
-    assert objects and {entry['label'] for entry in objects} <= set(FRUIT)
 
 
 def test_a_checkpoint_for_other_classes_than_the_data_is_refused_with_both_maps(fruit_lists, untrained_checkpoint,

@@ -77,18 +77,6 @@ def test_a_training_step_never_waits_for_the_gpu(on_gpu, images):
         torch.cuda.set_sync_debug_mode('default')
 
 
-@torch.no_grad()
-def test_bfloat16_is_close_to_float32(on_gpu, images):
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
-        pytest.skip('this GPU has no bfloat16')
-    locs, scores = on_gpu(images.cuda())
-    with autocast(torch.device('cuda'), 'auto'):
-        low_locs, low_scores = on_gpu(images.cuda())
-    assert low_locs.dtype == torch.bfloat16
-    assert (locs - low_locs).abs().max() < 0.05 * locs.abs().max()
-    assert (scores - low_scores).abs().max() < 0.05 * scores.abs().max()
-
-
 def run_train(sample_lists, folder, *settings, n_processes=1):
     process = run_script('train.py', '--data_folder', sample_lists, '--workers', 0, '--output_folder', folder,
                          '--eval_every', 'None', *settings, n_processes=n_processes)

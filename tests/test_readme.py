@@ -11,7 +11,6 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -245,19 +244,3 @@ def test_the_figures_are_drawn_again_as_they_are(tmp_path):
                 new, old = (Image.open(io.BytesIO(base64.b64decode(picture))).convert('L') for picture in (new, old))
                 difference = ImageChops.difference(new, old)
                 assert sum(level * n for level, n in enumerate(difference.histogram())) < new.width * new.height
-
-
-@pytest.mark.slow
-def test_what_a_network_gives_out_is_recorded_and_drawn(untrained_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'img'))
-    recorded = importlib.import_module('recorded')
-    monkeypatch.setattr(recorded, 'FOLDER', tmp_path)
-    monkeypatch.setattr(recorded, 'PHOTOS', ['boats.jpg', 'chelsea.jpg'])
-    recorded.record_photos(untrained_checkpoint, 'boats.jpg')
-    recorded.record_hard_negatives(untrained_checkpoint)
-    recorded.record_quick_start(untrained_checkpoint, 'photos/boats.jpg')
-    for figure in (recorded.hard_negatives, recorded.score_maps, recorded.quick_start_training,
-                   recorded.nms_1_candidates, recorded.nms_2_sorted, recorded.nms_3_overlaps, recorded.nms_4_result,
-                   lambda: recorded.detections(recorded.PHOTOS)):
-        figure().save(tmp_path / 'figure.svg')
-        assert ElementTree.parse(tmp_path / 'figure.svg').getroot().tag.endswith('svg')

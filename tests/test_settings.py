@@ -66,17 +66,13 @@ def test_settings_are_overridden_by_their_own_names_and_named_to_whom_wants_to_k
                                         'words': None}
 
 
-@pytest.mark.parametrize('arguments, complaint', [
-    (['--cnt', '1'], '--cnt'), (['--coun', '1'], '--coun'), (['--PLAIN', '1'], '--PLAIN'),
-    (['--count', 'many'], "invalid int value: 'many'")])
-def test_unknown_names_abbreviations_and_wrong_types_are_refused_in_one_line(arguments, complaint, script, command_line,
-                                                                             capsys):
-    command_line(*arguments)
-    with pytest.raises(SystemExit) as exit_:
+@pytest.mark.parametrize('arguments', ['--cnt 1', '--coun 1', '--PLAIN 1', '--count many'])
+def test_unknown_names_abbreviations_and_wrong_types_are_refused_in_one_line(arguments, script, command_line, capsys):
+    command_line(*arguments.split())
+    with pytest.raises(SystemExit, match='2'):
         utils.run_script(script)
     line, = capsys.readouterr().err.splitlines()
-    assert exit_.value.code == 2 and complaint in line and '--help lists the settings' in line
-    assert script.calls == []
+    assert arguments.split()[0] in line and '--help lists the settings' in line and script.calls == []
 
 
 def test_main_runs_with_the_settings_and_an_input_error_and_ctrl_c_become_one_line(script, command_line, monkeypatch):
@@ -111,9 +107,8 @@ def watch(event, arguments):
         print(event, arguments)
 
 def state():
-    return (random.getstate(), torch.get_rng_state().tolist(), torch.get_num_threads(), torch.get_default_dtype(),
-            torch.get_default_device(), torch.backends.cudnn.benchmark, torch.is_grad_enabled(), warnings.formatwarning,
-            dict(os.environ), sys.stdout, sys.stderr, list(sys.argv))
+    return (random.getstate(), torch.get_rng_state().tolist(), torch.get_num_threads(), torch.is_grad_enabled(),
+            torch.backends.cudnn.benchmark, warnings.formatwarning, dict(os.environ), sys.stdout)
 
 before = state()
 sys.addaudithook(watch)

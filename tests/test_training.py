@@ -281,14 +281,6 @@ def test_biases_learn_twice_as_fast_and_grad_clip_limits_the_norm_of_the_gradien
     assert norm == pytest.approx(0.05, rel=1e-3)
 
 
-def test_the_localization_setting_reaches_the_loss(run, tmp_path):
-    run('smooth', batch_size=8, augment=False)
-    run('l1', batch_size=8, augment=False, localization='l1')
-    smooth, l1 = (read_log(tmp_path / name)[0] for name in ('smooth', 'l1'))
-    assert smooth['confidence_loss'] == l1['confidence_loss']
-    assert float(l1['localization_loss']) > float(smooth['localization_loss']) > 0
-
-
 def test_frozen_blocks_keep_their_weights_and_need_no_graph():
     network = SSD300(n_classes=3)
     network.base.freeze_blocks(2)
