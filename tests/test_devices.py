@@ -36,11 +36,12 @@ def objects(device='cuda'):
             [torch.ones(n, dtype=torch.long, device=device) for n in (2, 0)])
 
 
-def test_the_network_works_on_the_device_of_its_weights(fake_gpu, network_on_gpu):
+def test_the_network_and_its_decoding_work_on_the_device_of_its_weights(fake_gpu, network_on_gpu):
     with fake_gpu:
         locs, scores = network_on_gpu(torch.zeros(2, 3, 300, 300, device='cuda'))
         assert locs.shape == (2, 8732, 4)
         assert locs.device.type == scores.device.type == network_on_gpu.priors_cxcy.device.type == 'cuda'
+        assert [tensor.device.type for tensor in network_on_gpu.decode(locs, scores)] == ['cuda', 'cuda']
 
 
 @pytest.mark.parametrize('localization', ['smooth_l1', 'l1'])
@@ -49,12 +50,6 @@ def test_the_loss_works_on_the_device_of_its_priors(fake_gpu, network_on_gpu, lo
         criterion = MultiBoxLoss(network_on_gpu.priors_cxcy, localization=localization)
         loss = criterion(*predictions(), *objects())
         assert loss.device.type == criterion.parts.device.type == 'cuda'
-
-
-def test_decoding_works_on_the_device_of_the_predictions(fake_gpu, network_on_gpu):
-    with fake_gpu:
-        boxes, probabilities = network_on_gpu.decode(*predictions())
-        assert boxes.device.type == probabilities.device.type == 'cuda'
 
 
 @pytest.mark.parametrize('slip', ['image', 'priors', 'objects', 'scores'])

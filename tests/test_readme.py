@@ -60,11 +60,8 @@ def test_every_link_leads_somewhere_and_what_it_names_is_defined_there(page, tex
         assert re.search(defined, path.read_text(encoding='utf-8'), re.MULTILINE)
 
 
-def test_headings_have_anchors_of_their_own():
+def test_headings_have_anchors_of_their_own_and_the_contents_name_every_part():
     assert len(anchors(README)) == len(set(anchors(README))) > 30
-
-
-def test_the_contents_name_every_part():
     contents = README.split('# Contents')[1].split('\n# ')[0]
     parts = re.findall(r'^# (.*)$', re.sub(r'```.*?```', '', README, flags=re.DOTALL), flags=re.MULTILINE)
     assert re.findall(r'\[([^\]]*)\]', contents) == parts[2:]  # after the title and "Contents"
