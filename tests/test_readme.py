@@ -170,6 +170,10 @@ def test_the_quick_start_runs_as_it_stands_though_for_one_epoch(tmp_path):
         assert process.returncode == 0, process.stderr
         printed += process.stdout
     assert 'mAP of 8 images: ' in printed and 'drawn in detections' in printed
+    assert sum(line.startswith(('dog ', 'cat ', 'person ')) for line in printed.splitlines()) >= 3
+    checkpoint = torch.load(tmp_path / 'checkpoint_ssd300.pth', weights_only=True)
+    assert (checkpoint['epoch'], len(checkpoint['model']), checkpoint['settings']['pretrained']) == (1, 71, False)
+    assert 'mAP' in (tmp_path / 'evaluation' / 'report.json').read_text()
     made = {path.name for path in tmp_path.iterdir() if not path.is_symlink()} - {'__pycache__', 'runs'}
     assert made == {'data', 'checkpoint_ssd300.pth', 'training_log.csv', 'training_log.png', 'evaluation', 'detections'}
 

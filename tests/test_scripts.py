@@ -1,15 +1,11 @@
-"""The four scripts as real processes, one after the other as a reader runs them, and what they say to wrong input."""
+"""What the scripts say to wrong input. That they run one after the other, test_readme.py proves by the quick start."""
 
-import csv
 import json
-import os
 import sys
 import warnings
 
 import pytest
-import torch
 from conftest import make_voc, run_script
-from PIL import Image
 
 import create_data_lists
 import detect
@@ -24,40 +20,6 @@ def voc(tmp_path_factory):
     make_voc(folder, {'000001': [('dog', (5, 5, 40, 40), 0)], '000002': [('cat', (1, 1, 60, 44), 0)]})
     return make_voc(folder, {'000003': [('dog', (9, 9, 50, 40), 0)], '000004': [('cat', (10, 5, 60, 40), 1)]}, 'test')
 
-
-@pytest.mark.slow
-def test_the_four_scripts_run_one_after_the_other_and_write_and_say_what_they_promise(voc, tmp_path):
-    commands = (('create_data_lists.py', '--voc07_path', voc, '--voc12_path', 'None'),
-                ('train.py', '--no-pretrained', '--epochs', 1, '--batch_size', 2, '--workers', 1, '--grad_clip', 10),
-                ('eval.py', '--workers', 1),
-                ('detect.py', '--image', voc / 'JPEGImages' / '000003.jpg', '--min_score', 0.01, '--top_k', 3))
-    said = {}
-    for name, *arguments in commands:
-        process = run_script(name, *arguments, folder=tmp_path)
-        assert process.returncode == 0 and 'Traceback' not in process.stderr, (name, process.stderr)
-        said[name] = process.stdout
-    assert 'TRAIN: 2 images' in said['create_data_lists.py']
-    assert '2 images, epochs 1 to 1' in said['train.py'] and 'checkpoint_ssd300.pth' in said['train.py']
-    assert 'mAP of 2 images: ' in said['eval.py']
-    assert sum(line.startswith(('dog ', 'cat ', 'person ')) for line in said['eval.py'].splitlines()) == 3
-    assert '3 objects' in said['detect.py'] and '000003.jpg' in said['detect.py']
-
-    lists = {'TRAIN_images.json', 'TRAIN_objects.json', 'TEST_images.json', 'TEST_objects.json', 'label_map.json'}
-    assert set(os.listdir(tmp_path / 'data')) == lists
-    checkpoint = torch.load(tmp_path / 'checkpoint_ssd300.pth', weights_only=True)
-    assert (checkpoint['epoch'], len(checkpoint['model'])) == (1, 71)
-    assert (checkpoint['settings']['batch_size'], checkpoint['settings']['pretrained']) == (2, False)
-    with open(tmp_path / 'training_log.csv', newline='') as file:
-        assert [line['epoch'] for line in csv.DictReader(file)] == ['1']
-    with Image.open(tmp_path / 'detections' / '000003.jpg') as image:
-        assert image.size == (64, 48)
-    assert 'mAP' in (tmp_path / 'evaluation' / 'report.json').read_text()
-    assert set(os.listdir(tmp_path)) - {'runs'} == {  # TensorBoard's, where that is installed
-        'data', 'checkpoint_ssd300.pth', 'best_checkpoint_ssd300.pth', 'training_log.csv', 'training_log.png',
-        'evaluation', 'detections'}
-
-
-# ------------------------------------------------------------------------------------------------------- wrong input
 
 @pytest.fixture
 def refusal(tmp_path, monkeypatch):
