@@ -408,12 +408,13 @@ def suppress_duplicates(boxes, class_scores, min_score, max_overlap, top_k):
 
     # Whether a candidate stays depends only on those with higher scores. So the best 2000 are enough if
     # top_k of them stay. Early in training there are 90,000 candidates.
-    order = scores.argsort(descending=True, stable=True)  # (n_candidates): equal scores stay in order
     n = 2000
     while True:
-        best = order[:n]  # (n_best)
+        lowest = scores.topk(n).values[-1] if n < len(scores) else min_score
+        best, = (scores >= lowest).nonzero(as_tuple=True)  # (n_best): all that equal the n-th are among them
+        best = best[scores[best].argsort(descending=True, stable=True)]  # far quicker than sorting everything
         kept = batched_nms(shifted[priors[best]], scores[best].double(), labels[best], max_overlap)
-        if len(kept) >= top_k or len(best) == len(order):
+        if len(kept) >= top_k or len(best) == len(scores):
             kept = best[kept.sort().values[:top_k]]  # by falling score, since that is the order of `best`
             return boxes[priors[kept]], labels[kept], scores[kept]
         n *= 2
