@@ -26,7 +26,7 @@ from utils import (InputError, create_data_lists, cxcy_to_xy, find_jaccard_overl
 voc07_path: str = 'img/emoji_voc/VOC2007'  # folder with Annotations, ImageSets and JPEGImages: training and test
 voc12_path: list[str] | None = ['img/emoji_voc/VOC2012']  # more such folders, for training only; None: no more
 labels: list[str] = list(voc_labels)  # names of the classes, as the annotations have them; VOC's twenty
-skip_empty: bool = False  # leave training pictures without an object of the labels out
+skip_empty: bool = False  # leave out training pictures that have no object of these labels
 output_folder: str = 'data'  # where the lists go
 download: bool = False  # fetch VOC from its makers instead, and use it in place of the paths
 download_folder: str = 'voc'  # where a download goes: 2.8 GB of archives, and as much again when extracted

@@ -81,7 +81,7 @@ class Batch(tuple):
     """(images, boxes, labels, difficulties), made to travel from a worker process with only one tensor, the images.
 
     PyTorch sends each tensor as a piece of shared memory with an open file. Three small ones per picture would take
-    longer than all the images; and since eval.py keeps them, it would run out of files after some hundred pictures.
+    longer than all the images; and since eval.py keeps them, it would run out of files after a few hundred pictures.
     So they travel as plain lists: `__reduce__` tells pickle how to take a batch apart and who puts it together.
     """
 

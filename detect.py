@@ -1,7 +1,7 @@
 """Finds the objects in pictures.
 
     python detect.py                                            # a picture of the sample
-    python detect.py --image photo.jpg --min_score 0.4          # a picture of one's own
+    python detect.py --image photo.jpg --min_score 0.4          # your own picture
     python detect.py --image holiday/ cat.png --save_json       # all pictures of a folder, and another one
 
 Prints a line per object with its label, score and box in pixels, and saves a copy of each picture with the objects
@@ -120,7 +120,7 @@ def draw_objects(original_image, objects, colors):
     line = max(2, round(min(width, height) / 150))  # pixels: to be seen in a picture of any size
     font = ImageFont.load_default(size=max(12, round(min(width, height) / 25)))
     draw = ImageDraw.Draw(annotated)
-    for label, score, (x_min, y_min, x_max, y_max) in reversed(objects):  # the surest last, on top
+    for label, score, (x_min, y_min, x_max, y_max) in reversed(objects):  # the most confident last, on top
         # The last column and row are width − 1 and height − 1: a frame there is drawn whole.
         corners = min(x_min, width - 1), min(y_min, height - 1), min(x_max, width - 1), min(y_max, height - 1)
         draw.rectangle(corners, outline=colors[label], width=line)

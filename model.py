@@ -223,8 +223,8 @@ class SSD300(nn.Module):
         self.base = VGGBase()
         self.aux_convs = AuxiliaryConvolutions()
         self.pred_convs = PredictionConvolutions(n_classes)
-        # conv4_3 has much larger values than the maps above it. So it is brought to length 1 at each
-        # position, then each channel to a scale that is learned, starting at 20 (paper, section 3.1).
+        # conv4_3's values are on a different scale than those of the maps above. So they are brought to
+        # length 1 at each position, then each channel to a learned scale, starting at 20 (paper, section 3.1).
         self.rescale_factors = nn.Parameter(torch.full((1, 512, 1, 1), 20.0))
         # A buffer moves with the network to any device. Saving it in the state dict would add a 72nd
         # tensor to the 71 that published weights have.

@@ -61,7 +61,7 @@ localization: str = 'smooth_l1'  # loss of the boxes, as in the paper; the publi
 precision: str = 'float32'  # 'bfloat16' for hardware that computes in it; 'auto': bfloat16 where that is so
 seed: int = 0  # random seed: on a CPU, the same seed gives the same weights
 
-# With --checkpoint, these are today's; all others are the checkpoint's unless the command line has them.
+# With --checkpoint, these keep their own values; all others come from the checkpoint unless given as flags.
 PLACE_SETTINGS = {'data_folder', 'workers', 'checkpoint', 'finetune', 'output_folder', 'eval_every'}
 CHECKPOINT_NAME = 'checkpoint_ssd300.pth'
 
@@ -192,7 +192,7 @@ def make_optimizer(model, resumed):
 
 
 def check_weights(model, epoch):
-    """A loss tells of the weights before its step: what the last step has made of them is yet to be checked."""
+    """A loss reflects the weights before its step; what the last step made of them must still be checked."""
     require(all(parameter.isfinite().all() for parameter in model.parameters()), 'the weights are no longer finite '
             f'after epoch {epoch + 1}: try --grad_clip 10 or a lower lr; checkpoints are untouched')
 

@@ -1,4 +1,4 @@
-"""Figures that are charts: the learning rate, average precision, results of trainings."""
+"""Figures that are charts: the learning rate, average precision, results of training runs."""
 
 import csv
 import json
@@ -90,7 +90,7 @@ def draw_interpolated(canvas, axes, precision, recall):
     canvas.path(steps, AMBER, dashed=True)
 
 
-# --------------------------------------------------------------------------------------------- trainings
+# --------------------------------------------------------------------------------------------- training runs
 
 TENTHS = (0, 0.2, 0.4, 0.6, 0.8, 1)
 VOC_IMAGES = 4952  # in an epoch of our training on VOC

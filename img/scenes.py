@@ -164,7 +164,7 @@ def coordinates_center_size():
                        center_size=True, unit=picture_size(BOATS))
 
 
-# ---------------------------------------------------------------------------------------- Jaccard index
+# ---------------------------------------------------------------------------------------- Jaccard overlap
 
 def jaccard_index():
     """Two boxes on squared paper, their intersection and their union."""
@@ -192,7 +192,7 @@ def jaccard_index():
         for box, color in boxes:
             draw(*box, stroke=color)
         canvas.text(x + 5 * square, y + 8 * square + 30, caption, anchor='middle', bold=True)
-    canvas.text(360, 266, f'Jaccard index = intersection / union = {intersection:.0f} / {union:.0f} = {overlap:.2f}',
+    canvas.text(360, 266, f'Jaccard overlap = intersection / union = {intersection:.0f} / {union:.0f} = {overlap:.2f}',
                 anchor='middle', title=True)
     return canvas
 
@@ -210,7 +210,7 @@ def jaccard_values():
         scene.boxes(shifted, RED)
         overlap = find_jaccard_overlap(boat, shifted).item()
         canvas.chip(x + 8, y + 8, f'{overlap:.2f}', INK)
-    canvas.text(300, 530, 'Jaccard index of the red box with the purple one', anchor='middle')
+    canvas.text(300, 530, 'Jaccard overlap of the red box with the purple one', anchor='middle')
     return canvas
 
 
