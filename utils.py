@@ -297,8 +297,8 @@ def write_data_lists(output_folder, label_map, **pictures):
 #
 # Zooming out is looking through a window that is larger than the picture, zooming in (cropping) is looking
 # through one that is smaller. Both only choose a rectangle (left, top, right, bottom) in the picture's own
-# pixel coordinates; `right` and `bottom` are the first column and row that no longer belong to it. So the
-# whole geometry is played with five numbers and the boxes, and pixels are touched once, at the end.
+# pixel coordinates; `right` and `bottom` are the first column and row that no longer belong to it. So all
+# the geometry is done on five numbers and the boxes; pixels are touched once, at the end.
 
 IMAGE_SIZE = 300  # width and height in pixels of what SSD300 sees
 IMAGENET_MEAN = [0.485, 0.456, 0.406]  # of the pictures with which the VGG base was trained, RGB in [0, 1]
