@@ -603,12 +603,12 @@ def read_checkpoint_file(path):
     """The content of a file that torch.save wrote, ours or another's, with its tensors on the CPU. No code
     from the file is run. Raises InputError if the file is missing, damaged or something else."""
     try:
+        names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+        if any(name.endswith('/constants.pkl') for name in names):
+            raise ValueError('a TorchScript archive')  # a program, which torch.load would start
         try:
             return torch.load(path, map_location='cpu', weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError) as error:
-            names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
-            if any(name.endswith('/constants.pkl') for name in names):
-                raise ValueError('a TorchScript archive') from error  # a program, which torch.load would start
+        except (pickle.UnpicklingError, RuntimeError):
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')  # that the source code of the original's classes is missing
                 content = torch.load(path, map_location='cpu', weights_only=False, pickle_module=InertPickle)
