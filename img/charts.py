@@ -93,7 +93,7 @@ def draw_interpolated(canvas, axes, precision, recall):
 # --------------------------------------------------------------------------------------------- training runs
 
 TENTHS = (0, 0.2, 0.4, 0.6, 0.8, 1)
-VOC_IMAGES = 4952  # in an epoch of our training on VOC
+VOC_IMAGES = 1238  # in an "epoch" of our training on VOC, a quarter of a pass
 
 
 def read_results(folder):
@@ -158,8 +158,8 @@ def results_voc():
         return None
     log, report = results
     canvas = Canvas(height=872)
-    axes = Axes(canvas, 56, 50, 640, 280, (4e3, 4e6), (0, 0.8), log_x=True)
-    axes.ticks_x([1e4, 1e5, 1e6], '{:,.0f}'.format)
+    axes = Axes(canvas, 56, 50, 640, 280, (1e3, 4e6), (0, 0.8), log_x=True)
+    axes.ticks_x([1e3, 1e4, 1e5, 1e6], '{:,.0f}'.format)
     axes.ticks_y(TENTHS[:-1], plainly)
     axes.frame('training pictures seen', 'mAP')
     published = read_log(HERE / 'results/voc/gluoncv.csv')

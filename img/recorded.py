@@ -8,15 +8,17 @@ from torch.nn import functional as F
 from torchvision.ops import nms
 
 from model import FEATURE_MAPS, SSD300, MultiBoxLoss, load_model
-from scenes import BOATS, HERE, Scene, boats_objects, fractional, network
+from scenes import BOATS, HERE, Scene, boats_objects, network
 from svg import AMBER, BLUE, CHIP_HEIGHT, GREEN, GRAY, LINE_HEIGHT, PURPLE, RED, Canvas, chip_width, tint
 from utils import (find_jaccard_overlap, label_map, load_checkpoint, look_through, picture_size, read_image,
                    replaced_file, require)
 
 FOLDER = HERE / 'recorded'
 PHOTOS = sorted(path.name for path in (HERE / 'photos').glob('*.jpg') if path.name != 'dogs_and_cat.jpg')
-SHOWN = ()  # photographs of the first screen, chosen because the network does well in them
-FAILURES = ()  # (photograph, what went wrong there)
+SHOWN = ('hopper.jpg', 'astronaut.jpg')  # photographs of the first screen, chosen because the network does well in them
+FAILURES = (('cameraman.jpg', 'wrong classes: an arm as a chair,\nbuildings as cars'),
+            ('chelsea.jpg', 'a miss: no cat with a score\nabove 0.2'))  # (photograph, what went wrong there)
+HARDEST = 20  # hard negatives that are drawn
 
 
 def read(name):
@@ -155,7 +157,7 @@ def detections(names=SHOWN, captions=()):
     for i, name in enumerate(names):
         column = heights.index(min(heights))
         x, y = 20 + column * 345, heights[column]
-        found = [one for one in record['detections'][name] if one['score'] > 0.5 or captions]
+        found = [one for one in record['detections'][name] if one['score'] > 0.25 or captions]
         height = draw_found(canvas, HERE / 'photos' / name, found[:5], x, y, 335)
         if captions:
             canvas.text(x, y + height + 24, captions[i])
@@ -174,7 +176,7 @@ def score_maps():
     record = read('photos')
     if record is None:
         return None
-    canvas = Canvas(height=574)
+    canvas, highest = Canvas(height=574), max(max(map(max, scores)) for scores in record['scores'])
     for i, (feature_map, scores) in enumerate(zip(FEATURE_MAPS, record['scores'])):
         x, y, side = 20 + i % 3 * 232, 20 + i // 3 * 262, 214
         Scene(canvas, HERE / 'photos' / record['candidates_in'], x, y, side, side, faded=True)
@@ -182,7 +184,8 @@ def score_maps():
         for row, values in enumerate(scores):
             for column, percent in enumerate(values):
                 if percent > 1:
-                    canvas.rect(x + column * cell, y + row * cell, cell, cell, AMBER, opacity=f'{percent / 100:.2f}')
+                    canvas.rect(x + column * cell, y + row * cell, cell, cell, AMBER,
+                                opacity=f'{percent / highest:.2f}')
         canvas.text(x + side / 2, y + side + 26, f'{feature_map.name}: up to {max(map(max, scores)) / 100:.2f}',
                     anchor='middle', bold=True)
     canvas.text(360, 556, f'amber: the best score of "{record["scores_of"]}" at each position', anchor='middle')
@@ -199,15 +202,15 @@ def hard_negatives():
     priors = criterion.priors_xy.clamp(0, 1)
     canvas = Canvas(height=304)
     panels = ((boxes, PURPLE, f'{len(boxes)} objects'), (priors[positive], GREEN, f'{positive.sum()} positive priors'),
-              (priors[record['hard']], GRAY, f'{len(record["hard"])} hard negatives'))
+              (priors[record['hard'][:HARDEST]], GRAY, f'{len(record["hard"])} hard negatives'))
     for i, (boxes, color, text) in enumerate(panels):
         x = 20 + i * 232
         scene = Scene(canvas, BOATS, x, 20, 214, faded=i > 0)
         scene.boxes(boxes, color, thin=i > 0)
         canvas.text(x + 107, 220, text, color, 'middle', bold=True)
-    trained = f'after {record["epoch"]} epochs' if record['epoch'] else 'before training'
-    canvas.text(360, 258, f'Scored by the network {trained}: the losses of these\nhard negatives range from '
-                f'{record["highest_loss"]:.1f} down to {record["lowest_loss"]:.1f}', anchor='middle')
+    trained = 'a half-trained network' if record['epoch'] else 'a network before training'
+    canvas.text(360, 258, f'Scored by {trained}. Their losses range from {record["highest_loss"]:.1f} down\nto '
+                f'{record["lowest_loss"]:.1f}; the {HARDEST} highest are drawn', anchor='middle')
     return canvas
 
 
@@ -215,20 +218,13 @@ def hard_negatives():
 
 MAX_OVERLAP, MOST_CLASSES, MOST_OF_A_CLASS = 0.5, 3, 5
 CLASS_COLORS = (AMBER, BLUE, GREEN, PURPLE, RED)
-# Until there is a record: what a network could have found. Label, score, box in pixels.
-DRAWN = (('dog', 0.96, (150, 112, 329, 301)), ('cat', 0.93, (259, 22, 437, 230)), ('dog', 0.89, (12, 66, 189, 258)),
-         ('dog', 0.74, (31, 48, 218, 236)), ('cat', 0.58, (234, 42, 404, 214)))
 
 
 def candidates():
     """The picture, and the best candidates in it: {label: [(title, score, box), …] by falling score}."""
     record = read('photos')
-    if record is None:
-        path = HERE / 'photos/dogs_and_cat.jpg'
-        found = [(label, score, fractional(box, path).tolist()) for label, score, box in DRAWN]
-    else:
-        path = HERE / 'photos' / record['candidates_in']
-        found = [(one['label'], one['score'], one['box']) for one in record['candidates']]
+    path = HERE / 'photos' / record['candidates_in']
+    found = [(one['label'], one['score'], one['box']) for one in record['candidates']]
     classes = {label: [] for label in list(dict.fromkeys(label for label, _, _ in found))[:MOST_CLASSES]}
     for label, score, box in found:
         own = classes.get(label, [])
