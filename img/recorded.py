@@ -157,7 +157,7 @@ def detections(names=SHOWN, captions=()):
     for i, name in enumerate(names):
         column = heights.index(min(heights))
         x, y = 20 + column * 345, heights[column]
-        found = [one for one in record['detections'][name] if one['score'] > 0.25 or captions]
+        found = [one for one in record['detections'][name] if one['score'] > 0.27 or captions]
         height = draw_found(canvas, HERE / 'photos' / name, found[:5], x, y, 335)
         if captions:
             canvas.text(x, y + height + 24, captions[i])
