@@ -1,6 +1,6 @@
 """Trains SSD300.
 
-    python train.py                                               # the paper's recipe, on the device at hand
+    python train.py                                               # the settings below, on the device at hand
     python train.py --checkpoint checkpoint_ssd300.pth            # goes on where that run stopped
     python train.py --no-pretrained --no-augment --grad_clip 10   # each setting is a flag
     torchrun --nproc_per_node=4 train.py                          # four GPUs, batch_size images each
@@ -11,6 +11,8 @@ as best_checkpoint_ssd300.pth. All of them are in output_folder.
 """
 
 import csv
+import inspect
+import io
 import itertools
 import math
 import os
@@ -79,8 +81,7 @@ def main(given=()):  # names of the settings that the command line has
     dataset = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult, augment, seed)
     model = make_model(dataset.label_map, resumed, rank == 0).to(device, memory_format=torch.channels_last)
     dataset.normalize_for(model)
-    # Several processes train on images of their own, all with the mean of their gradients: so they stay alike.
-    network = DistributedDataParallel(model, gradient_as_bucket_view=True) if n_processes > 1 else model
+    network = share_gradients(model) if n_processes > 1 else model
     criterion = MultiBoxLoss(model.priors_cxcy, localization=localization).to(device)
     optimizer = make_optimizer(model, resumed)
     if eval_every:  # difficult objects included: finding one must not be counted as an error
@@ -180,6 +181,14 @@ def make_model(label_map, resumed, is_main):
     return model
 
 
+def share_gradients(model):
+    """The network as one of several processes trains it: on images of its own, with the mean of all gradients."""
+    # The only buffers are priors, which never change: no need to send them around before each step.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'  # in older PyTorch
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{name: False})
+
+
 def make_optimizer(model, resumed):
     """SGD with two groups of parameters, since each group has a learning rate of its own: first the biases,
     then the weights. From a checkpoint it takes over the momentum, but no setting."""
@@ -187,7 +196,11 @@ def make_optimizer(model, resumed):
     weights = [parameter for name, parameter in model.named_parameters() if not name.endswith('.bias')]
     optimizer = torch.optim.SGD([{'params': biases}, {'params': weights}], lr, momentum, weight_decay=weight_decay)
     if resumed:
-        optimizer.load_state_dict({**optimizer.state_dict(), 'state': resumed['optimizer']['state']})
+        try:
+            optimizer.load_state_dict({**optimizer.state_dict(), 'state': resumed['optimizer']['state']})
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"checkpoint '{checkpoint}' holds another optimizer than train.py's ({error}): name one "
+                             'that train.py wrote') from None
     return optimizer
 
 
@@ -267,8 +280,11 @@ class RunFiles:
             for path in left:
                 path.rename(folder / path.name)
             print(f'What an earlier run left in {output_folder} is now in {folder}')
-        lines = csv.DictReader(self.log.read_text().splitlines()) if self.log.exists() else ()
-        self.lines = [line for line in lines if int(line['epoch']) <= first_epoch]  # later ones are done again
+        try:
+            lines = csv.DictReader(self.log.read_text().splitlines()) if self.log.exists() else ()
+            self.lines = [line for line in lines if int(line['epoch']) <= first_epoch]  # later ones are done again
+        except (LookupError, TypeError, ValueError) as error:
+            raise InputError(f"log '{self.log}' can't be read ({error}): repair it or move it away") from None
         try:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(Path(output_folder, 'runs'))
@@ -290,7 +306,7 @@ class RunFiles:
     def save_mAP(self, mAP, state):
         """Adds the epoch's mAP to the log, and saves the best checkpoint if this is it."""
         print(f'mAP after epoch {state[0]}: {mAP:.4f}')
-        best = max((float(line['mAP']) for line in self.lines if line['mAP'] != ''), default=-1)
+        best = max((float(line['mAP']) for line in self.lines if line.get('mAP', '') != ''), default=-1)
         self.lines[-1]['mAP'] = mAP
         self.write_log()
         self.show({'mAP': mAP}, self.step)
@@ -298,10 +314,15 @@ class RunFiles:
             save_checkpoint(self.best, *state)
 
     def write_log(self):
-        rows = [self.lines[-1], *(line.values() for line in self.lines)]  # the names of the columns, then the lines
+        text = io.StringIO()
+        # The newest line has all columns. One of an older version may lack some, or have others.
+        writer = csv.DictWriter(text, self.lines[-1], restval='', extrasaction='ignore', lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(self.lines)
         with replaced_file(self.log) as file:
-            file.write(''.join(','.join(map(str, row)) + '\n' for row in rows).encode())
-        draw_log(self.lines).save(self.picture)
+            file.write(text.getvalue().encode())
+        with replaced_file(self.picture) as file:
+            draw_log(self.lines).save(file, 'PNG')
 
 
 def take_over_settings(resumed, given):
@@ -325,14 +346,24 @@ def check_settings():
     require(not (checkpoint and finetune), 'set checkpoint to go on with a run, or finetune for a new one, not both')
     require(not freeze or pretrained or finetune or checkpoint,
             'freeze would keep random weights as they are: set pretrained, finetune or checkpoint')
-    require(batch_size >= 1, f'batch_size must be at least 1, not {batch_size}')
-    require(epochs >= 1, f'epochs must be at least 1, not {epochs}')
-    require(workers >= 0, f'workers must be 0 or more, not {workers}')
-    require(lr > 0, f'lr must be greater than 0, not {lr}')
-    require(grad_clip is None or grad_clip > 0, f'grad_clip must be None or greater than 0, not {grad_clip}')
-    require(all(0 < part <= 1 for part in decay_lr_at),
-            f'decay_lr_at must be parts of the training, like 0.667 for two thirds, not {decay_lr_at}')
-    require(localization in ('smooth_l1', 'l1'), f"localization must be 'smooth_l1' or 'l1', not '{localization}'")
+    for name, value, right, range_text in (
+            ('batch_size', batch_size, batch_size >= 1, 'at least 1'),
+            ('epochs', epochs, epochs >= 1, 'at least 1'),
+            ('workers', workers, workers >= 0, '0 or more'),
+            ('freeze', freeze, 0 <= freeze <= 5, 'a number of VGG blocks, 0 to 5'),
+            ('lr', lr, 0 < lr < math.inf, 'greater than 0'),
+            ('warmup', warmup, warmup >= 0, '0 or more steps'),
+            ('decay_lr_at', decay_lr_at,
+             decay_lr_at == sorted(decay_lr_at) and all(0 < part <= 1 for part in decay_lr_at),
+             'parts of the training in rising order, like 0.667 for two thirds'),
+            ('decay_lr_to', decay_lr_to, 0 < decay_lr_to <= 1, 'above 0 and at most 1'),
+            ('momentum', momentum, 0 <= momentum < 1, 'at least 0 and less than 1'),
+            ('weight_decay', weight_decay, 0 <= weight_decay < math.inf, '0 or more'),
+            ('grad_clip', grad_clip, grad_clip is None or grad_clip > 0, 'None or greater than 0'),
+            ('localization', localization, localization in ('smooth_l1', 'l1'), "'smooth_l1' or 'l1'"),
+            ('seed', seed, 0 <= seed < 2 ** 32, 'between 0 and 2³² − 1'),
+            ('eval_every', eval_every, eval_every is None or eval_every >= 1, 'None or at least 1 epoch')):
+        require(right, f'{name} must be {range_text}, not {value}')
     check_precision(precision)
 
 

@@ -632,8 +632,9 @@ def load_checkpoint(path) -> dict:
 
 def is_checkpoint(content) -> bool:
     """Whether the content of a file has the parts of a checkpoint; whether its weights fit is left open."""
+    parts = ('model', 'label_map', 'optimizer', 'settings')
     return (isinstance(content, dict) and {'epoch', 'model', 'label_map'} <= content.keys()
-            and isinstance(content['model'], dict))
+            and all(isinstance(content.get(name, {}), dict) for name in parts))
 
 
 def check_label_map(checkpoint_label_map, data_label_map):

@@ -377,6 +377,27 @@ def test_the_log_has_one_line_per_epoch_also_after_a_run_that_died_before_saving
 
 # ------------------------------------------------------------------------------------------ what can't be gone on with
 
+def test_the_log_of_an_older_version_goes_on_with_todays_columns(run, run_path, tmp_path):
+    run(epochs=1)
+    log = tmp_path / 'run' / 'training_log.csv'
+    log.write_text('epoch,loss\n1,9.5\n')
+    run(epochs=2, checkpoint=run_path, eval_every=1)
+    first, second = read_log(tmp_path / 'run')
+    assert first['loss'] == '9.5' and first['mAP'] == '' and float(second['mAP']) >= 0
+    log.write_text('epoch,loss\nnone,9.5\n')
+    with pytest.raises(InputError, match=r"training_log\.csv' can't be read"):
+        run(epochs=3, checkpoint=run_path)
+
+
+@pytest.mark.parametrize(('name', 'value'), [
+    ('freeze', 6), ('warmup', -1), ('decay_lr_at', [0.8, 0.5]), ('decay_lr_at', [154]), ('decay_lr_to', 0.0),
+    ('lr', 0.0), ('momentum', 1.0), ('weight_decay', -1.0), ('seed', -1), ('eval_every', 0), ('workers', -1)])
+def test_a_setting_out_of_its_range_is_refused_by_name(name, value, monkeypatch):
+    monkeypatch.setattr(train, name, value)
+    with pytest.raises(InputError, match=f'^{name} must be '):
+        train.check_settings()
+
+
 def test_a_finished_run_or_one_for_other_classes_or_without_a_training_is_not_gone_on_with(run, run_path, one_picture):
     content = run()
 
