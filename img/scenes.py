@@ -33,10 +33,10 @@ class Scene:
     def at(self, x, y):
         return self.x + x * self.width, self.y + y * self.height
 
-    def box(self, xy, color, dashed=False, thin=False):
+    def box(self, xy, color, dashed=False, thin=False, halo=True):
         (left, top), (right, bottom) = self.at(*xy[:2]), self.at(*xy[2:])
         frame = (left, top, right - left, bottom - top)
-        if not thin:
+        if halo and not thin:
             self.canvas.rect(*frame, stroke=WHITE, stroke_width=5)  # stands out against any picture
         self.canvas.rect(*frame, stroke=color, dashed=dashed, stroke_width=HAIRLINE if thin else STROKE)
 
