@@ -226,7 +226,7 @@ def draw_log(lines) -> Image.Image:
     """A picture of train.py's log, of losses, learning rate and mAP over the epochs."""
     def curve(column):
         return [(int(line['epoch']), float(line[column])) for line in lines
-                if line.get(column) not in (None, '')]  # the log of an older version may lack a column
+                if line.get(column, '') != '']  # the log of an older version may lack a column
 
     losses = [('loss', 'black', curve('loss')), ('confidence', 'darkorange', curve('confidence_loss')),
               ('localization', 'steelblue', curve('localization_loss'))]

@@ -281,7 +281,7 @@ class RunFiles:
                 path.rename(folder / path.name)
             print(f'What an earlier run left in {output_folder} is now in {folder}')
         try:
-            lines = csv.DictReader(self.log.read_text().splitlines()) if self.log.exists() else ()
+            lines = csv.DictReader(self.log.read_text().splitlines(), restval='') if self.log.exists() else ()
             self.lines = [line for line in lines if int(line['epoch']) <= first_epoch]  # later ones are done again
         except (LookupError, TypeError, ValueError) as error:
             raise InputError(f"log '{self.log}' can't be read ({error}): repair it or move it away") from None
