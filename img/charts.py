@@ -97,9 +97,9 @@ VOC_IMAGES = 1238  # in an "epoch" of our training on VOC, a quarter of a pass
 
 
 def read_results(folder):
-    """A training's log, {column: [(epoch, value), …]}, and report.json; None if it hasn't ended yet."""
-    log, report = HERE / 'results' / folder / 'training_log.csv', HERE / 'results' / folder / 'report.json'
-    return (read_log(log), json.loads(report.read_text())) if log.exists() and report.exists() else None
+    """A training's log, {column: [(epoch, value), …]}, and report.json."""
+    path = HERE / 'results' / folder
+    return read_log(path / 'training_log.csv'), json.loads((path / 'report.json').read_text())
 
 
 def read_log(path):
@@ -127,10 +127,7 @@ def draw_classes(canvas, x, y, width, classes):
 
 def results_bccd():
     """Both parts of the loss and the mAP over the epochs, and the classes' average precision in the end."""
-    results = read_results('bccd')
-    if results is None:
-        return None
-    log, report = results
+    log, report = read_results('bccd')
     canvas, last = Canvas(height=370 + 32 * len(report['classes'])), log['epoch'][-1][0]
     highest = -(-max(value for _, value in log['confidence_loss']) // 1)
     losses = Axes(canvas, 56, 50, 280, 200, (0, last), (0, highest))
@@ -153,10 +150,7 @@ def results_bccd():
 
 def results_voc():
     """The mAP over the number of pictures seen, beside a published one, and the classes' average precision."""
-    results = read_results('voc')
-    if results is None:
-        return None
-    log, report = results
+    log, report = read_results('voc')
     canvas = Canvas(height=872)
     axes = Axes(canvas, 56, 50, 640, 280, (1e3, 4e6), (0, 0.8), log_x=True)
     axes.ticks_x([1e3, 1e4, 1e5, 1e6], '{:,.0f}'.format)

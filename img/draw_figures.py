@@ -29,7 +29,7 @@ record_hard_negatives: str | None = None  # checkpoint of a half-trained network
 record_quick_start: list[str] | None = None  # checkpoints of the quick start after some of its epochs
 picture: str = 'emoji_voc/VOC2007/JPEGImages/000006.jpg'  # the training picture in which those look
 
-# Each draws the figure of its own name, or gives None if what it shows isn't there.
+# Each draws the figure of its own name.
 FIGURES = {f'{function.__name__}.svg': function for function in (
     recorded.detections, recorded.failures, recorded.quick_start_training, recorded.score_maps,
     recorded.hard_negatives, recorded.nms_1_candidates, recorded.nms_2_sorted, recorded.nms_3_overlaps,
@@ -57,12 +57,8 @@ def main():
         recorded.record_quick_start(checkpoint, picture)
     make_folder(output_folder)
     for name in names:
-        figure = FIGURES[name]()
-        if figure is None:
-            print(f'{name}: not drawn, since what it shows is not there (see img/README.md)')
-        else:
-            figure.save(Path(output_folder, name))
-            print(name)
+        FIGURES[name]().save(Path(output_folder, name))
+        print(name)
 
 
 if __name__ == '__main__':

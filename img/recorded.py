@@ -25,9 +25,8 @@ HARDEST = 20  # hard negatives that are drawn
 
 
 def read(name):
-    """The content of a record; None if there is none."""
-    path = FOLDER / f'{name}.json'
-    return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
+    """The content of a record."""
+    return json.loads((FOLDER / f'{name}.json').read_text(encoding='utf-8'))
 
 
 def write(name, content):
@@ -105,8 +104,8 @@ def record_hard_negatives(checkpoint):
 def record_quick_start(checkpoint, picture):
     """What a checkpoint of the quick start finds in a training picture (its path inside img/), without duplicates.
     Records of other epochs and the same picture stay."""
-    record = read('quick_start') or {}
-    if record.get('picture') != picture:
+    record = read('quick_start')
+    if record['picture'] != picture:
         record = {'picture': picture, 'epochs': {}}
     model, own_label_map = load_model(checkpoint)
     names = {number: label for label, number in own_label_map.items()}
@@ -154,8 +153,6 @@ def quick_start_training():
 def detections(names=SHOWN, captions=()):
     """Photographs with what the network finds in them, two side by side."""
     record = read('photos')
-    if record is None or not names:
-        return None
     canvas, heights = Canvas(), [20, 20]
     for i, name in enumerate(names):
         column = heights.index(min(heights))
@@ -171,14 +168,12 @@ def detections(names=SHOWN, captions=()):
 
 
 def failures():
-    return detections(*zip(*FAILURES)) if FAILURES else None
+    return detections(*zip(*FAILURES))
 
 
 def score_maps():
     """The scores of one class on each feature map, over the picture squeezed as the network sees it."""
     record = read('photos')
-    if record is None:
-        return None
     canvas, highest = Canvas(height=574), max(max(map(max, scores)) for scores in record['scores'])
     for i, (feature_map, scores) in enumerate(zip(FEATURE_MAPS, record['scores'])):
         x, y, side = 20 + i % 3 * 232, 20 + i // 3 * 262, 214
@@ -256,8 +251,8 @@ def draw_candidates(only_kept):
     for label in drawn if only_kept or len(drawn) < 7 else ():
         scene.label(*label)
     places = len({tuple(box) for box, _, _ in drawn})
-    text = f'{len(drawn)} boxes' + (f' in {places} place{"s"[:places - 1]}' if places < len(drawn) else '')
-    canvas.text(300, scene.height + 54, text, anchor='middle')
+    canvas.text(300, scene.height + 54, f'{len(drawn)} boxes in {places} {"places" if places > 1 else "place"}',
+                anchor='middle')
     canvas.height = scene.height + 74
     return canvas
 
