@@ -700,16 +700,41 @@ def current_settings(script) -> dict:
 
 
 def check_precision(precision):
-    """Raises InputError unless `autocast` knows the precision."""
-    require(precision in ('float32', 'bfloat16', 'auto'),
-            f"precision must be one of float32, bfloat16, auto, not '{precision}'")
+    """Raises InputError unless `choose_dtype` knows the precision."""
+    require(precision in ('auto', 'bfloat16', 'float16', 'float32'),
+            f"precision must be one of auto, bfloat16, float16, float32, not '{precision}'")
 
 
-def autocast(device, precision):
-    """The context in which a network runs: 'float32'; 'bfloat16' where that is safe (mixed precision); or
-    'auto', which is bfloat16 if the device computes in it."""
-    enabled = precision == 'bfloat16' or (precision == 'auto' and computes_in_bfloat16(device))
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+def choose_device(name) -> torch.device:
+    """Return the device of a name: 'auto' is CUDA if there is any, else the CPU."""
+    if name == 'auto':
+        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        torch.zeros(1, device=name).item()
+        return torch.device(name)
+    except Exception as error:
+        raise InputError(f"device '{name}' can't be used here ({str(error).splitlines()[0]}): choose 'auto', 'cpu' or "
+                         'another device of PyTorch') from None
+
+
+def choose_dtype(device, precision) -> torch.dtype:
+    """Return the type in which a device is to compute convolutions."""
+    check_precision(precision)
+    if precision == 'auto':
+        precision = 'bfloat16' if computes_in_bfloat16(device) else 'float32'
+    return getattr(torch, precision)
+
+
+def autocast(device, dtype):
+    """Return the context in which a network computes in a type wherever that is safe (mixed precision)."""
+    dtype = choose_dtype(device, dtype) if isinstance(dtype, str) else dtype
+    return torch.autocast(device.type, dtype=torch.bfloat16 if dtype == torch.float32 else dtype,
+                          enabled=dtype != torch.float32)
+
+
+def place_network(model, device, dtype, training=False):
+    """Move a network to a device, in the memory format that is fastest there."""
+    model.to(device, memory_format=torch.channels_last)
 
 
 def computes_in_bfloat16(device) -> bool:
