@@ -20,8 +20,8 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from model import load_model
-from utils import (PICTURE_SUFFIXES, InputError, autocast, choose_device, choose_dtype, look_through, make_folder,
-                   make_label_colors, place_network, read_image, replaced_file, require, run_script, upright_rgb)
+from utils import (PICTURE_SUFFIXES, InputError, autocast, choose_device, choose_dtype, make_folder, make_label_colors,
+                   place_network, read_image, render_window, replaced_file, require, run_script, upright_rgb)
 
 # Settings: each annotated constant is also a command-line flag of its name, which changes it for one run.
 
@@ -95,7 +95,7 @@ def find_objects(original_image, min_score, max_overlap, top_k, suppress=None, d
     model, label_map = detector or load_detector(checkpoint)
     names = {index: label for label, index in label_map.items()}
     picture = upright_rgb(original_image)
-    image = look_through(picture, mean=model.image_mean, std=model.image_std)  # (3, 300, 300)
+    image = render_window(picture, mean=model.image_mean, std=model.image_std)  # (3, 300, 300)
     images = image.unsqueeze(0).to(model.priors_cxcy.device)  # (1, 3, 300, 300): a batch of one
     predicted_locs, predicted_scores = model(images)  # (1, 8732, 4), (1, 8732, n_classes)
     (boxes,), (labels,), (scores,) = model.detect_objects(  # (n, 4), (n), (n)
