@@ -87,6 +87,22 @@ def test_boxes_without_area_overlap_by_0_and_no_boxes_give_an_empty_matrix():
     assert find_jaccard_overlap(torch.empty(0, 4), random_boxes(3)).shape == (0, 3)
 
 
+@pytest.mark.parametrize('function', [xy_to_cxcy, cxcy_to_xy, cxcy_to_gcxgcy, gcxgcy_to_cxcy, find_intersection,
+                                      find_jaccard_overlap])
+def test_boxes_of_whole_numbers_give_what_the_same_boxes_in_floating_point_give(function):
+    boxes = [torch.tensor([[1, 2, 30, 41], [5, 5, 9, 10]]), torch.tensor([[3, 1, 7, 9]])]
+    boxes = boxes[:1 if function in (xy_to_cxcy, cxcy_to_xy) else 2]
+    torch.testing.assert_close(function(*boxes), function(*map(torch.Tensor.float, boxes)), check_dtype=False)
+
+
+def test_a_box_that_is_no_number_overlaps_nothing_and_leaves_the_others_alone():
+    boxes = random_boxes(3)
+    expected = box_iou(boxes, boxes)
+    boxes[1, 2] = math.nan
+    expected[1] = expected[:, 1] = 0
+    torch.testing.assert_close(find_jaccard_overlap(boxes, boxes), expected)
+
+
 def test_decimation_keeps_every_mth_value_of_each_dimension():
     tensor = torch.arange(5 * 3 * 7).view(5, 3, 7)
     assert torch.equal(decimate(tensor, m=(4, None, 3)), tensor[[0, 4]][:, :, [0, 3, 6]])

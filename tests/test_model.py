@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from references import ssd300
 from torch import nn
 from torchvision.models import vgg16
 
@@ -167,6 +168,14 @@ def test_20_priors_are_cut_to_the_image_and_2740_overshoot_it(model):
     assert overshoots.sum() == 2740
 
 
+def test_the_first_ratio_of_a_map_counts_and_comes_before_the_extra_prior(monkeypatch):
+    changed = FEATURE_MAPS[3]._replace(ratios=(4, 0.25))  # conv9_2, of scale 0.55
+    monkeypatch.setattr('model.FEATURE_MAPS', (*FEATURE_MAPS[:3], changed, *FEATURE_MAPS[4:]))
+    first, extra, last = SSD300.create_prior_boxes()[8542:8545, 2:].tolist()
+    assert first == [1, pytest.approx(0.275)] and last == [pytest.approx(0.275), 1]  # 1.1 is capped
+    assert extra == pytest.approx([math.sqrt(0.55 * 0.725)] * 2)
+
+
 def test_priors_move_with_the_network_but_are_neither_saved_nor_trained(model):
     assert 'priors_cxcy' not in model.state_dict()
     assert SSD300(n_classes=2).to('meta').priors_cxcy.device.type == 'meta'
@@ -233,6 +242,21 @@ def test_the_maps_have_the_papers_sizes_and_there_are_offsets_and_scores_for_eac
     sides = [inputs[f'base.{name}'].shape[-1] for name in ('conv1_1', 'conv2_1', 'conv3_1', 'conv4_1', 'conv5_1',
                                                            'conv6', 'conv7')]
     assert sides == [300, 150, 75, 38, 19, 19, 19]
+
+
+def test_the_network_computes_what_its_weights_say_layer_by_layer(network, passed):
+    images, *predictions, _ = passed
+    with torch.no_grad():
+        expected = ssd300(network.state_dict(), images[:1], n_classes=21)
+    for ours, theirs in zip(predictions, expected):
+        torch.testing.assert_close(ours[:1], theirs, atol=1e-3, rtol=1e-3)
+
+
+def test_a_batch_without_images_gives_empty_predictions_and_detections(model):
+    with torch.no_grad():
+        locs, scores = model(torch.zeros(0, 3, 300, 300))
+    assert locs.shape == (0, 8732, 4) and scores.shape == (0, 8732, 21)
+    assert model.detect_objects(locs, scores, 0.01, 0.45, 200) == ([], [], [])
 
 
 def test_conv4_3_is_brought_to_length_1_and_rescaled_for_prediction_alone(network, passed):

@@ -11,8 +11,8 @@ from PIL import Image
 from references import iou
 
 import utils
-from utils import (DISTORTIONS, IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, adjust_contrast, photometric_distort, random_crop,
-                   render_window, shift_hue, transform, zoom_out)
+from utils import (DISTORTIONS, IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, adjust_contrast, photometric_distort,
+                   random_crop, render_window, shift_hue, transform, zoom_out)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -326,6 +326,21 @@ def test_hue_is_shifted_as_torchvision_does(shift):
     image[:2, 5:10] = 0.5  # two channels equal
     image[:, 10:12] = torch.tensor([[1.0, 0.0]]).view(1, 2, 1)  # white and black
     torch.testing.assert_close(shift_hue(image, shift), TF.adjust_hue(image, shift), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize('factor', [0.5, 0.9, 1, 1.5])
+def test_contrast_is_adjusted_as_torchvision_does(factor):
+    image = torch.rand(3, 40, 50, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(adjust_contrast(image, factor), TF.adjust_contrast(image, factor), rtol=0, atol=1e-6)
+
+
+def test_the_bits_of_an_image_do_not_depend_on_the_number_of_threads():
+    picture, images = noise(400, 300), []
+    for n_threads in (1, 2, 3):
+        torch.set_num_threads(n_threads)
+        seed(2)
+        images.append(torch.stack([render_window(picture, distort=True) for _ in range(20)]))
+    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
 
 
 def test_the_filler_around_a_picture_is_not_distorted():
