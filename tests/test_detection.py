@@ -80,32 +80,21 @@ def suppress_everything(boxes, class_scores, min_score, max_overlap):
     return [(boxes[i].tolist(), label, -score) for score, label, i in sorted(detections)]
 
 
-@pytest.mark.parametrize(('min_score', 'top_k'), [(0.047, 200), (0.0, 10**6)])
-def test_of_90000_candidates_of_an_untrained_network_the_400_best_of_each_class_compete(model, min_score, top_k):
+@pytest.mark.parametrize('ties', [False, True])
+def test_of_all_candidates_of_an_untrained_network_the_400_best_of_each_class_compete(model, ties):
     generator = torch.Generator().manual_seed(0)
     locs = 0.5 * torch.randn(1, 8732, 4, generator=generator)
     scores = 0.1 * torch.randn(1, 8732, 21, generator=generator)
+    if ties:  # each prior wavers between the background and one to four classes: exactly 1/2, 1/3, 1/4 or 1/5
+        places = scores[..., 1:].argsort(dim=2)
+        scores[..., 1:] = torch.where(places <= torch.arange(8732)[:, None] % 4, 0.0, -100.0)
+        scores[..., 0] = 0
     boxes, class_scores = (decoded[0] for decoded in plain_decode(model, locs, scores))
-    assert (class_scores > min_score).sum() > 90_000
-    expected = suppress_everything(boxes, class_scores, min_score, max_overlap=0.45)
-    assert len(expected) > 5000
-    detected = model.detect_objects(locs, scores, min_score, 0.45, top_k)
-    assert as_tuples(*(tensors[0] for tensors in detected)) == expected[:top_k]
-
-
-def test_of_thousands_of_equally_good_candidates_the_first_ones_compete(model):
-    generator = torch.Generator().manual_seed(3)
-    locs = torch.randn(1, 8732, 4, generator=generator)
-    # Each prior wavers between the background and one to four classes: its scores are exactly 1/2, 1/3, 1/4 or 1/5.
-    places = torch.rand(1, 8732, 20, generator=generator).argsort(dim=2)
-    logits = torch.where(places <= torch.arange(8732)[:, None] % 4, 0.0, -100.0)
-    logits = torch.cat((torch.zeros(1, 8732, 1), logits), dim=2)
-    boxes, class_scores = (decoded[0] for decoded in plain_decode(model, locs, logits))
-    assert (class_scores > 0.01).sum() == 2183 * (1 + 2 + 3 + 4) and len(class_scores.unique()) < 10
+    assert (class_scores > 0.01).sum(dim=0).min() > 900
     expected = suppress_everything(boxes, class_scores, min_score=0.01, max_overlap=0.45)
-    for top_k in (200, 5000):
-        detected = model.detect_objects(locs, logits, 0.01, 0.45, top_k)
-        assert as_tuples(*(tensors[0] for tensors in detected)) == expected[:top_k]
+    for top_k in (200, 10**6):
+        detected = model.detect_objects(locs, scores, 0.01, 0.45, top_k)
+        assert len(expected) > 5000 and as_tuples(*(tensors[0] for tensors in detected)) == expected[:top_k]
 
 
 # ---------------------------------------------------------------------------------------- cases on paper
@@ -230,13 +219,3 @@ def test_a_wild_prediction_of_one_prior_does_not_switch_off_suppression(wild, mo
     n = len(expected[0][0])
     assert 0 < n < 8 and len(boxes[0]) == n + 1  # the wild one comes last
     assert torch.equal(boxes[0][:n], expected[0][0])
-
-
-def test_nothing_of_the_caller_is_changed():
-    detector, *tensors = random_case(3)
-    copies = [tensor.clone() for tensor in (*tensors, detector.priors_cxcy)]
-    for found in detector.detect_objects(*tensors, 0.1, 0.45, 20):
-        for tensor in found:
-            tensor.fill_(7)  # nor do the results share memory with it
-    for tensor, copied in zip((*tensors, detector.priors_cxcy), copies, strict=True):
-        assert torch.equal(tensor, copied)
