@@ -15,7 +15,9 @@ A "picture" is a photograph: a file, or a PIL image. An "image" is the normalize
 """
 
 import argparse
+import codecs
 import colorsys
+import csv
 import inspect
 import json
 import math
@@ -23,14 +25,17 @@ import os
 import pickle
 import random
 import re
+import shlex
 import signal
+import subprocess
 import sys
 import typing
 import warnings
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -43,13 +48,18 @@ from tqdm import tqdm
 
 class InputError(Exception):
     """Something that the user provided is missing, unreadable or wrong. The message is one sentence that names
-    it and says what to do. `run_script` prints it instead of a traceback."""
+    it and says what to do; `changes` are settings with which it may go well the next time. `run_script`
+    prints the message instead of a traceback."""
+
+    def __init__(self, message, **changes):
+        super().__init__(message)
+        self.changes = changes
 
 
-def require(condition, message):
-    """Raise InputError with the message unless the condition holds."""
+def require(condition, message, **changes):
+    """Raise InputError unless the condition holds."""
     if not condition:
-        raise InputError(message)
+        raise InputError(message, **changes)
 
 
 # ------------------------------------------------------------------------------------------------ labels
@@ -154,52 +164,80 @@ def decimate(tensor, m):
 # -------------------------------------------------------------------------------------------- data lists
 
 OBJECT_TAGS = ('name', 'bndbox/xmin', 'bndbox/ymin', 'bndbox/xmax', 'bndbox/ymax')
+PICTURE_SUFFIXES = ('.avif', '.bmp', '.gif', '.jfif', '.jp2', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff',
+                    '.webp')
+SPLIT_FOLDERS = ('train', 'test', 'valid', 'val')
 
 
-def parse_annotation(annotation_path, label_map=label_map, unknown_labels=None, size=None) -> dict[str, list]:
-    """The objects in an annotation file of VOC's format.
+class Findings:
+    """What reading annotations brings to light besides objects, to be reported in a few lines."""
 
-    :param unknown_labels: a Counter, which counts labels outside the label map; their objects are left out
+    def __init__(self):
+        self.labels = Counter()  # {label: number of objects}, of all labels, wanted or not
+        self.notes = defaultdict(list)  # {what is odd: where}
+        self.faults = []  # what keeps the data lists from being made
+
+
+def some(cases) -> str:
+    """Return the first three of some texts."""
+    return ', '.join(map(str, cases[:3])) + (', …' if len(cases) > 3 else '')
+
+
+def parse_annotation(annotation_path, label_map=label_map, size=None, findings=None) -> dict[str, list]:
+    """Return the objects in an annotation file of VOC's format.
+
     :param size: width and height of the picture, at whose edges boxes are cut; None: they stay as they are
+    :param findings: Findings that note all labels, boxes without area and a <size> that isn't the picture's
     :return: {'boxes': [[x_min, y_min, x_max, y_max], …] in pixels counted from 0, 'labels': [class index,
         …], 'difficulties': [0 or 1, …]}
 
-    Boxes without area are left out with a warning. Raises InputError if the file is missing or no such
-    annotation.
+    Objects of other labels and boxes without area are left out. Raises InputError if the file is missing or no
+    such annotation.
     """
+    findings = findings or Findings()
     index_of = {label.lower(): index for label, index in label_map.items() if index > 0}
     objects = {'boxes': [], 'labels': [], 'difficulties': []}
     try:
-        root = ElementTree.parse(annotation_path).getroot()
+        data = Path(annotation_path).read_bytes()
+        # Decoded here where an encoding is declared: the parser doesn't know the Chinese, Japanese and Korean ones.
+        encoding = re.match(rb'<\?xml[^>]*encoding=["\']([\w.-]+)', data)
+        root = ElementTree.fromstring(data.decode(encoding[1].decode()) if encoding else data)
         if root.tag != 'annotation':
             raise ValueError(f'its root is <{root.tag}>, not <annotation>')
+        noted = [float(root.findtext(tag) or 0) for tag in ('size/width', 'size/height')]
+        fits = not size or 0 in noted or all(abs(noted[i] - size[i]) <= 0.02 * size[i] for i in (0, 1))
+        if not fits:
+            findings.notes["annotations have a <size> that isn't their picture's, so boxes may be wrong (was the "
+                           'picture turned by EXIF, shrunk or exchanged?)'].append(
+                f"'{annotation_path}' ({noted[0]:g}×{noted[1]:g}, not {size[0]}×{size[1]})")
         for element in root.findall('object'):
-            label, *sides = texts = [element.findtext(tag, default='').strip() for tag in OBJECT_TAGS]
+            texts = [element.findtext(tag, default='').strip() for tag in OBJECT_TAGS]
             if '' in texts:
                 raise ValueError(f'an object without {OBJECT_TAGS[texts.index("")]}')
+            label, sides = texts[0], texts[1:]
             x_min, y_min, x_max, y_max = (float(side) - 1 for side in sides)  # VOC counts pixels from 1
             if size:
                 x_min, y_min = max(x_min, 0), max(y_min, 0)
                 x_max, y_max = min(x_max, size[0] - 1), min(y_max, size[1] - 1)
+            findings.labels[label] += 1
             if label.lower() not in index_of:
-                if unknown_labels is not None:
-                    unknown_labels[label] += 1
-            elif x_max - x_min >= 0.01 and y_max - y_min >= 0.01:  # less could become 0 in float32
+                continue
+            if x_max - x_min >= 0.01 and y_max - y_min >= 0.01:  # less could become 0 in float32
                 objects['boxes'].append([x_min, y_min, x_max, y_max])
                 objects['labels'].append(index_of[label.lower()])
                 objects['difficulties'].append(int(element.findtext('difficult', '0').strip() == '1'))
-            else:
-                warnings.warn(f"'{annotation_path}': left out a {label} whose box has no area in the picture "
-                              f'(xmin, ymin, xmax, ymax: {", ".join(sides)})')
-    except (OSError, ElementTree.ParseError, ValueError) as error:
-        raise InputError(f"annotation '{annotation_path}' can't be read ({error}): repair it, or take its name "
-                         'out of the list in ImageSets/Main') from None
+            elif fits:
+                findings.notes['boxes have no area in their picture and are left out'].append(
+                    f"'{annotation_path}' {label} ({', '.join(sides)})")
+    except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
+        raise InputError(f"annotation '{annotation_path}' can't be read ({error}): repair it, and save it as UTF-8"
+                         ) from None
     return objects
 
 
 @contextmanager
 def opened_picture(path):
-    """The picture in a file, as Pillow opens it. Raises InputError, naming the file, if it can't be read."""
+    """Open the picture in a file with Pillow. Raises InputError, naming the file, if it can't be read."""
     try:
         with Image.open(path) as image:
             yield image
@@ -210,85 +248,184 @@ def opened_picture(path):
         raise InputError(f"picture '{path}' can't be read ({error}): replace it, or leave it out") from None
 
 
+def upright_rgb(image) -> Image.Image:
+    """Return a copy of a PIL image, upright and in mode RGB."""
+    require(isinstance(image, Image.Image),
+            f"a picture must be a PIL image, not {type(image).__name__}: make one by Image.fromarray(frame) of an RGB "
+            "array, by Image.fromarray(frame[..., ::-1]) of OpenCV's BGR frames")
+    image = ImageOps.exif_transpose(image)  # phones only note in EXIF data how to turn a photo
+    if image.mode[0] in 'IF':  # more than 8 bits a pixel, which Pillow would cut off at 255
+        image = image.convert('I' if image.mode[0] == 'I' else 'F')  # also I;16
+        highest = int(image.getextrema()[1])
+        n_bits = next((bits for bits in (8, 12, 16) if highest < 2 ** bits), 32)  # cameras often use 12 of 16 bits
+        scale = 255 if highest == 1 else 2 ** (8 - n_bits)  # 1: fractions
+        image = image.convert('F').point(lambda value: value * scale).convert('L')
+    return image.convert('RGB')
+
+
 def read_image(path) -> Image.Image:
-    """The picture in a file, upright and in mode RGB. Raises InputError if it can't be read."""
+    """Return the picture in a file, upright and in mode RGB. Raises InputError if it can't be read."""
     with opened_picture(path) as image:
-        ImageOps.exif_transpose(image, in_place=True)  # phones only note in EXIF data how to turn a photo
-        if image.mode.startswith('I'):  # 16 bits a pixel, which Pillow itself would clip instead of scale
-            image = image.convert('I').point(lambda value: value / 256).convert('L')
-        return image.convert('RGB')
+        return upright_rgb(image)
 
 
-def picture_size(path) -> tuple[int, int]:
-    """Width and height of the picture that `read_image` would give, from the file's header alone."""
+def picture_size(path, decode=False) -> tuple[int, int]:
+    """Return width and height of the picture that `read_image` would give, from the file's header alone; with
+    `decode`, also read the rest, to see whether it is broken."""
     with opened_picture(path) as image:
-        on_its_side = image.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF's orientation
-        return image.size[::-1] if on_its_side else image.size
+        width, height = image.size
+        if decode:
+            image.draft('L', (1, 1))  # of JPEG, all is read but only every eighth pixel computed
+            image.load()
+        # Not image.getexif(): it would decode PNG, since EXIF data may also stand behind the pixels.
+        on_its_side = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)  # EXIF's orientation
+        return (height, width) if on_its_side else (width, height)
 
 
-def read_split(voc_path, split, label_map, unknown_labels) -> list[tuple[str, tuple[int, int], dict]]:
-    """(absolute path, (width, height), objects) of each picture in one split, 'trainval' or 'test', of a
-    folder in VOC's layout. Raises InputError if anything of it is missing or broken."""
-    voc_path = Path(voc_path).resolve()
-    require(voc_path.is_dir(),
-            f"VOC folder '{voc_path}' isn't there: set the path to where VOC lies, or set download")
-    list_path = voc_path / 'ImageSets' / 'Main' / f'{split}.txt'
+def find_files(folder, suffixes) -> dict[str, list[str]]:
+    """Return {name: paths} of all files below a folder that end like that. A name is a path in the folder without
+    suffix, with slashes."""
+    files = defaultdict(list)
+    for parent, _, file_names in sorted(os.walk(folder)):
+        start = Path(parent).relative_to(folder).as_posix().removeprefix('.')
+        for stem, suffix in map(os.path.splitext, sorted(file_names)):
+            if suffix.lower() in suffixes and not stem.startswith('.'):  # the Mac's ._a.jpg is no picture
+                files[f'{start}/{stem}'.removeprefix('/')].append(os.path.join(parent, stem + suffix))
+    return files
+
+
+def read_names(list_path, pictures) -> list[str]:
+    """Return the names in one of VOC's lists, one a line. A line may also have a suffix and a flag: 'a.jpg 1'."""
     try:
-        # utf-8-sig: Windows' editors put an invisible mark before the first name.
-        lines = list_path.read_text(encoding='utf-8-sig').splitlines()
+        data = list_path.read_bytes()
+        # Windows' PowerShell writes UTF-16, and Windows' editors put a byte order mark before UTF-8.
+        text = data.decode('utf-16' if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else 'utf-8-sig')
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"'{list_path}', the list of pictures, can't be read ({error}): is '{voc_path}' a whole "
-                         "folder in VOC's layout, with 2007 test extracted over 2007 trainval?") from None
-    names = [line.strip() for line in lines if line.strip()]
-    require(names, f"'{list_path}' names no picture: write a picture's name without .jpg on each line")
+        hint = 'save it as UTF-8'
+        if not list_path.exists():
+            hint = ("write the pictures' names into it, one a line, or remove the other list, too"
+                    if 'VOC2007' not in list_path.parts else 'extract VOC 2007 test over 2007 trainval')
+        raise InputError(f"the list '{list_path}' can't be read ({error}): {hint}") from None
+    names = []
+    for line in filter(None, map(str.strip, text.replace('\\', '/').splitlines())):
+        forms = [line, re.sub(r'\s+-?[01]$', '', line)]
+        forms += [re.sub(r'\.\w+$', '', form) for form in forms]
+        names.append(next((form for form in forms if form in pictures), line))
+    require(names, f"the list '{list_path}' names no picture: write a picture's name on each line")
+    return names
 
-    pictures = []
-    for name in tqdm(names, desc=f'{voc_path.name} {split}', unit=' pictures'):
-        path, annotation_path = voc_path / 'JPEGImages' / f'{name}.jpg', voc_path / 'Annotations' / f'{name}.xml'
-        size = picture_size(path)
-        pictures.append((str(path), size, parse_annotation(annotation_path, label_map, unknown_labels, size)))
-    return pictures
+
+def split_names(voc_path, pictures, annotations, with_test=True) -> list[list[str]]:
+    """Return the names of a folder's pictures for training and, with_test, for testing: those in its lists; without
+    lists, those below train/ and below test/, valid/ or val/; without these folders, every fifth is for testing."""
+    lists = [voc_path / 'ImageSets' / 'Main' / f'{split}.txt' for split in ('trainval', 'test')]
+    if any(path.exists() for path in lists):
+        return [read_names(path, pictures) for path in (lists if with_test else lists[:1])]
+    below = defaultdict(list)  # {folder of a split, or None: names}
+    for name in pictures:
+        below[next((part for part in name.lower().split('/')[:-1] if part in SPLIT_FOLDERS), None)].append(name)
+    test = next((folder for folder in SPLIT_FOLDERS[1:] if folder in below), None)
+    if 'train' in below and test:
+        n_others = len(pictures) - len(below['train']) - len(below[test])
+        print(f"'{voc_path}' has no lists: train/ is for training, {test}/ for testing, and {n_others:,} others are "
+              'left out')
+        return [below['train'], below[test]] if with_test else [below['train']]
+    if not with_test:
+        return [list(pictures)]
+    print(f"'{voc_path}' has no lists (ImageSets/Main/trainval.txt and test.txt): every fifth picture is for testing. "
+          'Write lists if pictures belong together: the frames of a film must be in one split')
+    for_testing = [name for name in pictures if name in annotations][::5]
+    return [sorted(pictures.keys() - set(for_testing)), for_testing]
 
 
-def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, skip_empty=False):
-    """Reads VOC's annotations and writes five JSON files for PascalVOCDataset.
+def read_folder(voc_path, label_map, findings, keep_unannotated=False, with_test=True) -> list[list[tuple]]:
+    """Return a folder's pictures for training and, with_test, for testing, each as (absolute path, (width, height),
+    objects). What is odd or wrong is added to the findings."""
+    voc_path = Path(voc_path).resolve()
+    require(voc_path.is_dir(), f"the folder '{voc_path}' isn't there: set the path to where VOC is, or set download")
+    folders = [voc_path / 'JPEGImages', voc_path / 'Annotations']
+    if not all(folder.is_dir() for folder in folders):
+        folders = [voc_path, voc_path]  # then each XML file is beside its picture
+    pictures, annotations = find_files(folders[0], PICTURE_SUFFIXES), find_files(folders[1], ('.xml',))
+    require(pictures.keys() & annotations.keys(),
+            f"'{voc_path}' has {len(pictures):,} pictures and {len(annotations):,} XML files, but none with a picture's "
+            'name: export your annotations as Pascal VOC, and name the folders JPEGImages and Annotations')
+    splits, usable = split_names(voc_path, pictures, annotations, with_test), {}
+    for name in tqdm(dict.fromkeys(chain(*splits)), desc=voc_path.name, unit=' pictures'):
+        path, *others = pictures.get(name, [str(folders[0] / name)])
+        if name in pictures and name not in annotations and not keep_unannotated:
+            findings.notes['pictures have no XML file and are left out (--keep_unannotated takes them as pictures '
+                           'without objects)'].append(f"'{path}'")
+            continue
+        try:
+            require(not others, f"pictures '{path}' and '{some(others)}' have one name: rename one")
+            size = picture_size(path, decode=True)
+            objects = {'boxes': [], 'labels': [], 'difficulties': []}
+            if name in annotations:
+                objects = parse_annotation(annotations[name][0], label_map, size, findings)
+            usable[name] = path, size, objects
+        except InputError as error:
+            findings.faults.append(str(error).rpartition(': ')[0])  # without its advice
+    orphans = [f"'{paths[0]}'" for name, paths in annotations.items() if name not in pictures]
+    if orphans:
+        findings.notes['XML files have no picture of their name'] += orphans
+    return [[usable[name] for name in names if name in usable] for names in splits]
+
+
+def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, skip_empty=False,
+                      keep_unannotated=False):
+    """Read annotations in VOC's format and write five JSON files for PascalVOCDataset.
 
     TRAIN_images.json and TEST_images.json list the pictures' absolute paths. TRAIN_objects.json and
     TEST_objects.json list, in the same order, their objects as `parse_annotation` returns them.
     label_map.json is the label map.
 
-    :param voc07_path: folder in VOC's layout; its split trainval is for training, its split test for testing
-    :param voc12_path: another folder, or a list of them, whose trainval is for training as well; or None
+    :param voc07_path: folder with pictures for training and for testing; see `split_names`
+    :param voc12_path: another folder, or a list of them, whose training pictures are taken as well; or None
     :param labels: names of the classes, VOC's or others
     :param skip_empty: leave out training pictures without an object of these classes
+    :param keep_unannotated: take pictures without an XML file as pictures without objects
     :return: the training objects: boxes in fractional boundary coordinates (n, 4), labels (n)
 
-    Raises InputError, before anything is written, if a folder, file or picture is missing or broken.
+    Raises InputError, before anything is written, if folders, files or pictures are missing or broken.
     """
-    labels, unknown_labels = [label.strip() for label in labels], Counter()
+    labels, findings = [label.strip() for label in labels], Findings()
     require(labels and all(labels) and len({'background', *map(str.lower, labels)}) == len(labels) + 1,
             f"labels must be names that differ, none of them 'background', not {', '.join(labels) or 'none at all'}")
     label_map = make_label_map(labels)
-    more_paths = [voc12_path] if isinstance(voc12_path, (str, Path)) else voc12_path or []
-    train = [picture for path in (voc07_path, *more_paths)
-             for picture in read_split(path, 'trainval', label_map, unknown_labels)]
-    test = read_split(voc07_path, 'test', label_map, unknown_labels)
-    n_empty = sum(not objects['boxes'] for _, _, objects in train)
+    train, test = read_folder(voc07_path, label_map, findings, keep_unannotated)
+    for path in [voc12_path] if isinstance(voc12_path, (str, Path)) else voc12_path or []:
+        train += read_folder(path, label_map, findings, keep_unannotated, with_test=False)[0]
+
+    in_both = sorted({f"'{path}'" for path, *_ in train} & {f"'{path}'" for path, *_ in test})
+    if in_both:
+        findings.notes['test pictures are training pictures, too: the mAP will be too high'] = in_both
+    for remark, cases in findings.notes.items():
+        warnings.warn(f'{len(cases):,} {remark}: {some(cases)}')
+    n_faults = len(findings.faults)
+    require(not n_faults, f"of {len(train) + len(test) + n_faults:,} pictures {n_faults:,} can't be used: "
+                          f'{some(findings.faults)}: repair (texts as UTF-8) or replace them, or leave them out')
+    require(train and test, f'no picture for {"testing" if train else "training"} has an XML file: annotate more')
+    others = ', '.join(f'{label} ({count:,})' for label, count in findings.labels.most_common()
+                       if label.lower() not in map(str.lower, labels)) or 'none'
+    n_empty = sum(not objects['boxes'] for *_, objects in train)
+    require(n_empty < len(train), f'no training picture has an object of {", ".join(labels)}: set labels to those that '
+                                  f'the annotations have (others there: {others})')
     if skip_empty:
         train = [picture for picture in train if picture[2]['boxes']]
-        require(train, f"no training picture has an object of {', '.join(labels)}: name other labels")
 
     write_data_lists(output_folder, label_map, TRAIN=train, TEST=test)
     if n_empty:
-        print(f'{n_empty:,} training pictures have no object of these labels: '
-              + ('left out' if skip_empty else '--skip_empty leaves them out'))
-    for label, count in unknown_labels.most_common():
-        print(f"Left out of the label '{label}', which is none of these labels: {count:,}")
+        print(f'{n_empty:,} training pictures have no object of these labels: ' + (
+            'left out' if skip_empty else "they teach nothing without train.py's min_negatives, and --skip_empty leaves "
+                                          'them out'))
+    if others != 'none':
+        print(f'Left out the objects of other labels: {others}')
 
     boxes = [[x_min / width, y_min / height, x_max / width, y_max / height] for _, (width, height), objects in train
              for x_min, y_min, x_max, y_max in objects['boxes']]
-    indices = [index for _, _, objects in train for index in objects['labels']]
-    return torch.tensor(boxes).view(-1, 4), torch.tensor(indices, dtype=torch.long)
+    indices = [index for *_, objects in train for index in objects['labels']]
+    return torch.tensor(boxes), torch.tensor(indices)  # (n, 4), (n)
 
 
 def write_data_lists(output_folder, label_map, **pictures):
@@ -600,7 +737,7 @@ def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, tr
 # ------------------------------------------------------------------------------------------- checkpoints
 
 def make_folder(path):
-    """Makes a folder for results, unless it exists. Raises InputError if nothing can be written to it: better
+    """Make a folder for results, unless it exists. Raises InputError if nothing can be written to it: better
     now than after hours of training."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -610,9 +747,18 @@ def make_folder(path):
 
 
 @contextmanager
+def only_warn():
+    """Turn an error in writing a file that isn't essential into a warning."""
+    try:
+        yield
+    except (InputError, OSError) as error:
+        warnings.warn(str(error))
+
+
+@contextmanager
 def replaced_file(path):
-    """A binary file to write to, which replaces `path` once it is whole and on the disk. Even after a kill or
-    a power cut, `path` is the old file or the new one. Raises InputError if it can't be written."""
+    """Yield a binary file to write to, which replaces `path` once it is complete and on the disk. Even after a kill
+    or a power cut, `path` is the old file or the new one. Raises InputError if it can't be written."""
     path = Path(path)
     temporary = path.with_name(path.name + '.tmp')  # in the same folder: a rename can't cross file systems
     try:
@@ -622,26 +768,33 @@ def replaced_file(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             temporary.unlink()
-        # From torch.save, a full disk or Ctrl-C comes out as a RuntimeError with that as its context.
+        # torch.save hides a full disk or Ctrl-C as the context of a RuntimeError.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, OSError):
-            raise InputError(f"can't write '{path}' ({cause.strerror or cause}): make room or choose another "
-                             'place; what was there before is unchanged') from None
+        if isinstance(cause, (OSError, UnicodeError)):
+            reason = getattr(cause, 'strerror', None) or cause
+            raise InputError(f"can't write '{path}' ({reason}): make room or choose another place; what was there "
+                             'before is unchanged') from None
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
         raise
 
 
-def save_checkpoint(path, epoch, model, optimizer, label_map, settings):
-    """Saves a training run after `epoch` finished epochs, in plain containers, which load by
-    `torch.load(path, weights_only=True)`: no code is saved. Raises InputError if that fails."""
+def save_checkpoint(path, epoch, model, optimizer, label_map, settings, scaler=None, log=()):
+    """Save a training run after `epoch` finished epochs, in plain containers, which load by
+    `torch.load(path, weights_only=True)`: no code is saved.
+
+    :param scaler: the GradScaler of training in float16
+    :param log: a list with a dict of figures for each epoch
+
+    Raises InputError if the file can't be written.
+    """
     with replaced_file(path) as file:
-        torch.save({'format': 2, 'epoch': epoch, 'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
-                    'label_map': label_map, 'settings': settings, 'priors_cxcy': model.priors_cxcy,
-                    'image_mean': list(model.image_mean), 'image_std': list(model.image_std),
-                    'clip_boxes': model.clip_boxes}, file)
+        torch.save({'format': 3, 'epoch': epoch, 'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
+                    'scaler': scaler.state_dict() if scaler else {}, 'log': list(log), 'label_map': label_map,
+                    'settings': settings, 'priors_cxcy': model.priors_cxcy, 'image_mean': list(model.image_mean),
+                    'image_std': list(model.image_std), 'clip_boxes': model.clip_boxes}, file)
 
 
 def download_weights(source, instead) -> dict:
@@ -654,8 +807,8 @@ def download_weights(source, instead) -> dict:
 
 
 def read_checkpoint_file(path):
-    """The content of a file that torch.save wrote, ours or another's, with its tensors on the CPU. No code
-    from the file is run. Raises InputError if the file is missing, damaged or something else."""
+    """Return the content of a file that torch.save wrote, ours or another project's, with its tensors on the CPU.
+    No code from the file is run. Raises InputError if the file is missing, damaged or something else."""
     try:
         names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
         if any(name.endswith('/constants.pkl') for name in names):
@@ -678,29 +831,45 @@ def read_checkpoint_file(path):
 
 
 def load_checkpoint(path) -> dict:
-    """A file of `save_checkpoint`, or of the original code in the same form; see `read_checkpoint_file`."""
+    """Return the content of a checkpoint of `save_checkpoint` or, in the same form, of the original tutorial's code;
+    see `read_checkpoint_file`."""
     content = read_checkpoint_file(path)
-    require(is_checkpoint(content), f"'{path}' isn't a checkpoint of this project: name one that train.py wrote")
+    require(is_checkpoint(content), f"'{path}' isn't a checkpoint of this project: choose one that train.py wrote")
+    if 'log' not in content:  # older versions kept the log beside the checkpoint, and counted epochs in decay_lr_at
+        content.update(log=read_log(Path(path).with_name('training_log.csv'), content['epoch']), scaler={})
+        settings = content.get('settings', {})
+        if any(epoch > 1 for epoch in settings.get('decay_lr_at', ())):
+            settings['decay_lr_at'] = [epoch / settings['epochs'] for epoch in settings['decay_lr_at']]
     return content
 
 
+def read_log(path, n_epochs) -> list[dict]:
+    """Return the lines of a training_log.csv for the first epochs; none if it is missing or damaged."""
+    try:
+        lines = [{'mAP': None, **{name: float(value) if value else None for name, value in line.items()}}
+                 for line in csv.DictReader(path.read_text().splitlines())]
+        return [line | {'epoch': int(line['epoch'])} for line in lines if line['epoch'] <= n_epochs]
+    except (OSError, LookupError, TypeError, ValueError):
+        return []
+
+
 def is_checkpoint(content) -> bool:
-    """Whether the content of a file has the parts of a checkpoint; whether its weights fit is left open."""
+    """Return whether the content of a file has the parts of a checkpoint. Its weights may still not fit."""
     parts = ('model', 'label_map', 'optimizer', 'settings')
     return (isinstance(content, dict) and {'epoch', 'model', 'label_map'} <= content.keys()
             and all(isinstance(content.get(name, {}), dict) for name in parts))
 
 
 def check_label_map(checkpoint_label_map, data_label_map):
-    """Raises InputError, showing both, if a checkpoint and the data lists have different classes."""
+    """Raise InputError, showing both, if a checkpoint and the data lists have different classes."""
     require(checkpoint_label_map == data_label_map,
             f'the checkpoint has the classes {checkpoint_label_map} but the data lists have {data_label_map}: use '
             'data lists and a checkpoint that belong together')
 
 
-# The tutorial's original code, and so its published weights of 77.2 mAP, pickled the whole network and the
-# whole optimizer. Unpickling calls whatever a file says. So only what tensors are made of is resolved;
-# everything else that a file names becomes a stand-in, of which only the parameters are used.
+# The original tutorial's code pickled the whole network and the whole optimizer, and so its published weights
+# of 77.2 mAP are stored. Unpickling calls whatever a file says. So only what tensors are made of is resolved.
+# Everything else that a file names becomes a stand-in, of which only the parameters are used.
 
 RESOLVED = {('torch._utils', '_rebuild_tensor'), ('torch._utils', '_rebuild_tensor_v2'),
             ('torch._utils', '_rebuild_parameter'), ('torch.nn.parameter', 'Parameter'),
@@ -708,10 +877,10 @@ RESOLVED = {('torch._utils', '_rebuild_tensor'), ('torch._utils', '_rebuild_tens
 
 
 class StandIn(dict):
-    """In place of any class or function: does nothing when called, and keeps its state as an object."""
+    """Stands in for any class or function: does nothing when called, and keeps an object's state."""
 
     def __init__(self, *args):
-        """Keeps dict from reading the arguments."""
+        """Keep dict from reading the arguments."""
 
     def __setstate__(self, state):
         self.state = state
@@ -720,7 +889,7 @@ class StandIn(dict):
 
 
 class InertPickle:
-    """In place of the module pickle, for torch.load."""
+    """Stands in for the module pickle in torch.load."""
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
@@ -734,7 +903,7 @@ class InertPickle:
 
 
 def original_checkpoint(content) -> dict:
-    """A checkpoint of the original code as one of ours, without a training to go on with."""
+    """Return a checkpoint of the original tutorial's code in the form of ours, without a training state."""
     def parameters(module, prefix=''):
         for name, parameter in module.state['_parameters'].items():
             yield prefix + name, parameter.detach()
@@ -748,34 +917,83 @@ def original_checkpoint(content) -> dict:
 # --------------------------------------------------------------------------------------- script settings
 
 def current_settings(script) -> dict:
-    """{name: value} of a script's annotated constants, in the plain types that a checkpoint may hold."""
+    """Return {name: value} of a script's annotated constants, in the plain types that a checkpoint may hold."""
     settings = {name: getattr(script, name) for name in typing.get_type_hints(script)}
     return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
 
 
-def check_precision(precision):
-    """Raises InputError unless `autocast` knows the precision."""
-    require(precision in ('float32', 'bfloat16', 'auto'),
-            f"precision must be one of float32, bfloat16, auto, not '{precision}'")
+def as_flags(settings) -> str:
+    """Return settings as one types them on a command line."""
+    flags = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            flags.append(f'--{name}' if value else f'--no-{name}')
+        else:
+            flags += [f'--{name}', *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(flags)
 
 
-def autocast(device, precision):
-    """The context in which a network runs: 'float32'; 'bfloat16' where that is safe (mixed precision); or
-    'auto', which is bfloat16 if the device computes in it."""
-    enabled = precision == 'bfloat16' or (precision == 'auto' and computes_in_bfloat16(device))
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+def check_ranges(script, **ranges):
+    """Raise InputError unless each of a script's settings is in its range (lowest, highest), or None."""
+    for name, (lowest, highest) in ranges.items():
+        value = getattr(script, name)
+        wanted = f'at least {lowest}' if highest == math.inf else f'between {lowest} and {highest}'
+        require(value is None or (lowest <= value <= highest and value < math.inf),
+                f'{name} must be {wanted}, not {value}')
 
 
-def computes_in_bfloat16(device) -> bool:
-    """Whether a device has instructions for bfloat16; without them, a CPU takes ten times as long."""
+def choose_device(name) -> torch.device:
+    """Return the device of a name: 'auto' is CUDA if there is any, else the CPU. Raises InputError if PyTorch can't
+    compute on it."""
+    if name == 'auto':
+        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        torch.zeros(1, device=name).item()
+        return torch.device(name)
+    except Exception as error:  # each kind of device raises its own
+        raise InputError(f"device '{name}' can't be used here ({str(error).splitlines()[0]}): choose 'auto', 'cpu' or "
+                         'another device of PyTorch') from None
+
+
+def choose_dtype(device, precision) -> torch.dtype:
+    """Return the type in which a device is to compute convolutions: 'float32', 'bfloat16', 'float16' or, by 'auto',
+    the best that its hardware has instructions for. Raises InputError for one that it hasn't: it would emulate it,
+    which takes ten times as long as float32."""
     if device.type == 'cuda':
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, 'get_capabilities', dict)()  # older versions of PyTorch can't tell
-    return any(capabilities.get(name) for name in ('avx512_bf16', 'amx_bf16'))
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        float16 = torch.cuda.get_device_capability(device) >= (7, 0)  # from V100 and T4 on
+    else:
+        capabilities = getattr(torch.cpu, 'get_capabilities', dict)()  # older versions of PyTorch can't tell
+        bfloat16 = device.type == 'cpu' and any(capabilities.get(name) for name in ('avx512_bf16', 'amx_bf16'))
+        float16 = False
+    supported = {'bfloat16': bfloat16, 'float16': float16, 'float32': True}  # the best first
+    require(precision in ('auto', *supported),
+            f"precision must be one of auto, {', '.join(supported)}, not '{precision}'")
+    if precision == 'auto':
+        precision = next(name for name in supported if supported[name])
+    require(supported[precision],
+            f"precision '{precision}' has no hardware support on this {device.type}: choose 'auto' or 'float32'")
+    return getattr(torch, precision)
+
+
+def autocast(device, dtype):
+    """Return the context in which a network computes in a type wherever that is safe (mixed precision)."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def place_network(model, device, dtype, training=False):
+    """Move a network to a device, with its convolutions in the memory format that is fastest there."""
+    model.to(device)
+    # Channels last, with one exception: without AVX-512, a CPU then computes float32 weight gradients at a
+    # quarter of the speed (measured on an AMD EPYC 7003).
+    if not (training and device.type == 'cpu' and dtype == torch.float32):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.to(memory_format=torch.channels_last)
 
 
 def several_processes() -> bool:
-    """Whether this is one of several processes that train or evaluate together."""
+    """Return whether this is one of several processes that train or evaluate together."""
     return distributed.is_available() and distributed.is_initialized()
 
 
@@ -789,62 +1007,112 @@ def mean_over_processes(count):
     return count.clamp(min=1) / distributed.get_world_size()
 
 
-def join_processes() -> tuple[int, int, torch.device]:
-    """The rank of this process, the number of processes, and its device. There are several processes if
+def join_processes(device_name) -> tuple[int, int, torch.device]:
+    """Return the rank of this process, the number of processes, and its device. There are several processes if
     torchrun started them; then only the first one prints."""
-    cuda = torch.cuda.is_available()
+    device = choose_device(device_name)
     if 'LOCAL_RANK' not in os.environ:
-        return 0, 1, torch.device('cuda' if cuda else 'cpu')
-    local_rank = int(os.environ['LOCAL_RANK'])
-    if cuda:
-        n_gpus = torch.cuda.device_count()
+        return 0, 1, device
+    if device.type == 'cuda':
+        local_rank, n_gpus = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
         require(local_rank < n_gpus, f'there are {n_gpus} GPUs: start torchrun with --nproc_per_node of at most that')
-        torch.cuda.set_device(local_rank)
+        device = torch.device('cuda', local_rank)
+        torch.cuda.set_device(device)
+    backend = 'nccl' if device.type == 'cuda' and distributed.is_nccl_available() else 'gloo'
     # Hours, since the others wait while the first process downloads weights or computes a mAP.
-    distributed.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(hours=2))
+    distributed.init_process_group(backend, timeout=timedelta(hours=2))
     rank, n_processes = distributed.get_rank(), distributed.get_world_size()
     if rank > 0:
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
-    return rank, n_processes, torch.device('cuda', local_rank) if cuda else torch.device('cpu')
+    return rank, n_processes, device
 
 
-class DelayedCtrlC:
-    """Within `with`, Ctrl-C only sets `pressed`, so that the program can stop where that does no harm: while a
-    worker process is starting, say, a KeyboardInterrupt may be lost or leave that process hanging. Pressed
-    twice, Ctrl-C stops at once. Either way the program ends with `message`."""
+class CtrlC:
+    """Within `with CtrlC():`, the first press of Ctrl-C is only noted, so that a script can stop between two batches.
+    A KeyboardInterrupt in the middle of anything can leave workers behind that wait forever."""
 
-    def __init__(self, message):
-        self.message, self.pressed = message, False
+    pressed = False
 
     def __enter__(self):
-        signal.signal(signal.SIGINT, self.note)
-        return self
+        CtrlC.pressed = False
+        self.process, self.before = os.getpid(), signal.signal(signal.SIGINT, self.note)
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.before)
 
     def note(self, signal_number, frame):
-        self.pressed = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(2, b'\nStopping after this step; press Ctrl-C again to stop at once\n')  # print isn't safe in here
+        if os.getpid() != self.process:
+            return  # a worker that is just starting
+        if 'LOCAL_RANK' not in os.environ:  # torchrun sends the signal once more by itself
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not CtrlC.pressed and int(os.environ.get('RANK', 0)) == 0:  # print isn't safe in here
+            os.write(2, b'\nStopping after this step; press Ctrl-C again to stop at once\n')
+        CtrlC.pressed = True
 
-    def __exit__(self, kind, *_):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if kind is KeyboardInterrupt:
-            sys.exit(self.message)
+
+def until_ctrl_c(batches):
+    """Yield batches, but raise KeyboardInterrupt before the next one once Ctrl-C was pressed."""
+    for batch in batches:
+        if CtrlC.pressed:
+            raise KeyboardInterrupt
+        yield batch
 
 
 def ignore_ctrl_c(worker_id):
-    """For DataLoader's workers: a terminal sends Ctrl-C to them, too, but they end with the main process."""
+    """Ignore Ctrl-C in a DataLoader's worker: a terminal sends it to them, too, but they end with the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def override_settings(script) -> set[str]:
-    """Sets a script's annotated constants from the command line; returns the names of those given there.
+@contextmanager
+def way_back(run):
+    """If a training ends early, show the command that resumes it. `run` knows the checkpoint `last_saved` (None: there
+    is none yet), its number of epochs, and whether this process `is_main`, which speaks for the others."""
+    try:
+        with CtrlC():
+            yield
+    except (Exception, KeyboardInterrupt) as error:
+        reason = explain(error)
+        if reason is None or not run.is_main:
+            raise
+        way = f'To resume after epoch {run.epoch}:' if run.last_saved else 'Nothing is saved yet. To start again:'
+        command = command_to_resume(run.last_saved, **getattr(error, 'changes', {}))
+        sys.exit(f'{reason.removesuffix(".")}. {way}\n{command}')
+
+
+def command_to_resume(checkpoint, **changes) -> str:
+    """Return the command that started this script, changed so that it resumes from a checkpoint.
+
+    :param checkpoint: file to resume from; None: nothing is saved yet, so the command starts the same run again
+    :param changes: settings to be changed
+    """
+    arguments = sys.argv[1:]
+    if checkpoint:
+        changes['checkpoint'] = str(checkpoint)
+        arguments = [argument for argument in arguments if argument != '--overwrite']
+    for name in changes:
+        while f'--{name}' in arguments:
+            place = arguments.index(f'--{name}')
+            del arguments[place:place + 2]
+        arguments = [argument for argument in arguments if not argument.startswith(f'--{name}=')]
+    n_processes, n_here = os.environ.get('WORLD_SIZE'), os.environ.get('LOCAL_WORLD_SIZE')
+    if n_processes != n_here:
+        return f'the same torchrun command with {as_flags(changes)}'
+    start = sys.orig_argv[:len(sys.orig_argv) - len(sys.argv) + 1]  # like python train.py
+    if n_here:
+        start = ['torchrun', f'--nproc_per_node={n_here}', sys.argv[0]]
+    quote = subprocess.list2cmdline if os.name == 'nt' else shlex.join
+    return f'{quote([*start, *arguments])} {as_flags(changes)}'.strip()
+
+
+def override_settings(script):
+    """Set a script's annotated constants from the command line.
 
     `batch_size: int = 8` becomes `--batch_size 4`. Types may be int, float, str, bool (`--augment`,
     `--no-augment`), `X | None` (`--grad_clip None`) and `list[X]` (`--labels cat dog`). `--help` shows each
     with its default and the comment behind it.
     """
     parser = argparse.ArgumentParser(description=script.__doc__, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS,  # only what is given is returned
+                                     argument_default=argparse.SUPPRESS,  # what isn't given stays as it is
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f'{parser.prog}: {message}; --help lists the settings\n')
     comments = dict(re.findall(r'^(\w+): .*?  # (.*)$', inspect.getsource(script), re.MULTILINE))
@@ -866,22 +1134,39 @@ def override_settings(script) -> set[str]:
         convert.__name__ = kind.__name__  # for argparse's "invalid int value: 'x'"
         parser.add_argument(f'--{name}', type=convert, nargs='*' if many else None, help=text,
                             metavar=kind.__name__.upper())
-    given = vars(parser.parse_args())
-    for name, value in given.items():
+    for name, value in vars(parser.parse_args()).items():
         setattr(script, name, None if value == [None] else value)
-    return set(given)
 
 
-def run_script(script, pass_given=False):
-    """Runs a script's main() with its settings from the command line; with pass_given, main(names of the
-    settings given there). An InputError ends the program with one sentence and exit status 1."""
-    sys.stdout.reconfigure(errors='backslashreplace')  # a file's name that can't be printed must not end a run
-    given = override_settings(script)
+def explain(error) -> str | None:
+    """Return the message for an error about which the user can do something; None for any other."""
+    if isinstance(error, KeyboardInterrupt):
+        return 'Stopped.'
+    text = str(error)
+    if isinstance(error, InputError):
+        # From a worker of a DataLoader it arrives wrapped in that worker's traceback; the last line is ours.
+        return 'Error: ' + text.splitlines()[-1].removeprefix('utils.InputError: ')
+    if isinstance(error, getattr(torch, 'OutOfMemoryError', torch.cuda.OutOfMemoryError)):
+        return "Error: out of memory on the device: lower batch_size, or set precision to 'auto'"
+    if isinstance(error, RuntimeError) and ('shared memory' in text or 'shm' in text):
+        return ('Error: there is too little shared memory for the workers: set workers to 0 or, in Docker, start the '
+                'container with --shm-size=1g')
+    return None
+
+
+def run_script(script):
+    """Run a script's main() with its settings from the command line. An error that the user can mend ends the
+    program with one sentence and exit status 1."""
+    if hasattr(sys.stdout, 'reconfigure'):  # a notebook's stdout isn't a file
+        sys.stdout.reconfigure(errors='backslashreplace')  # a file name that can't be printed must not end a run
+    override_settings(script)
     warnings.formatwarning = lambda message, *_, **__: f'Warning: {message}\n'
     try:
-        script.main(given) if pass_given else script.main()
-    except InputError as error:
-        # From a worker of a DataLoader it arrives wrapped in that worker's traceback; the last line is ours.
-        sys.exit('Error: ' + str(error).splitlines()[-1].removeprefix('utils.InputError: '))
-    except KeyboardInterrupt:
-        sys.exit('Stopped.')
+        script.main()
+        print(end='', flush=True)
+    except BrokenPipeError:  # whoever read the output, like `head`, has ended; what is to be saved is saved
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (Exception, KeyboardInterrupt) as error:
+        if explain(error) is None:
+            raise
+        sys.exit(explain(error))
