@@ -33,6 +33,9 @@ def test_offsets_worked_out_on_paper():
     expected = torch.tensor([[5, -0.5, 5 * math.log(2), -5 * math.log(2)]])
     torch.testing.assert_close(cxcy_to_gcxgcy(box, prior), expected)
     torch.testing.assert_close(gcxgcy_to_cxcy(expected, prior), box)
+    # However wild the prediction, a box is at most 62.5 times its prior.
+    wild = gcxgcy_to_cxcy(torch.tensor([[0.0, 0, 1000, 1000]]), prior)
+    torch.testing.assert_close(wild[:, 2:], 62.5 * prior[:, 2:])
 
 
 def test_offsets_agree_with_their_definition():
