@@ -35,7 +35,7 @@ def test_in_bfloat16_the_network_detects_nearly_the_same(model):
     network = copy.deepcopy(model).to(memory_format=torch.channels_last)  # others want the model as it is
     with torch.no_grad():
         locs, scores = network(image)
-        with autocast(image.device, 'bfloat16'):
+        with autocast(image.device, torch.bfloat16):
             low_locs, low_scores = network(image)
     assert low_locs.dtype == low_scores.dtype == torch.bfloat16
     assert (locs - low_locs).abs().max() < 0.05 * locs.abs().max()
