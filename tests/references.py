@@ -115,7 +115,7 @@ def multibox_loss(priors_cxcy, locs, scores, boxes, labels, threshold=0.5, neg_p
 
 
 def precision_recall(detections, objects, is_enough=lambda highest: highest > 0.5, overlap=iou):
-    """(recall, precision) after each detection of one class that counts, by falling score. Detections are (image,
+    """(recall, precision) after each detection of one class that counts, highest score first. Detections are (image,
     score, box), objects (image, box, difficult)."""
     n_objects = sum(not difficult for _, _, difficult in objects)
     found, n_true, n_false, curve = set(), 0, 0, []

@@ -32,7 +32,7 @@ def fruit_lists(tmp_path_factory):
 def test_in_bfloat16_the_network_detects_nearly_the_same(model):
     torch.manual_seed(1)
     image = torch.rand(1, 3, 300, 300).to(memory_format=torch.channels_last)
-    network = copy.deepcopy(model).to(memory_format=torch.channels_last)  # others want the model as it is
+    network = copy.deepcopy(model).to(memory_format=torch.channels_last)  # other tests need the model unchanged
     with torch.no_grad():
         locs, scores = network(image)
         with autocast(image.device, torch.bfloat16):

@@ -57,7 +57,7 @@ def ap(detections, objects):
     ('TTTFFF', 30, [1] * 2 + [0] * 9), ('T' * 21, 30, [1] * 8 + [0] * 3),
 ])
 def test_eleven_points_worked_out_on_paper(outcomes, n_objects, eleven):
-    # By falling score, each 'T' finds an object of its own and each 'F' finds nothing.
+    # Highest score first: each 'T' finds an object of its own and each 'F' finds nothing.
     objects = [([20 * i, 0, 20 * i + 10, 10], 0) for i in range(n_objects)]
     free = iter(objects)
     detections = [(next(free)[0] if outcome == 'T' else [0, 50, 10, 60], 0.9 - i / 100)
@@ -119,7 +119,7 @@ def test_a_class_without_objects_is_nan_named_in_a_warning_and_left_out_of_the_m
 
 # --------------------------------------------------------------------------------------- reports and curves
 
-def test_the_report_tells_what_was_worked_out_on_paper():
+def test_the_report_shows_what_was_worked_out_on_paper():
     # Four cats. By score: found, nothing there, found, found; the fourth cat is missed.
     cats = [[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10]]
     detections = [(cats[0], 0.9), ([0, 50, 10, 60], 0.8), (cats[1], 0.7), (cats[2], 0.5)]

@@ -37,7 +37,7 @@ CONVOLUTIONS = {
 
 
 def literal_priors():
-    """The text's rules, one after the other, without the cut at 1: [c_x, c_y, w, h] of 8732 priors."""
+    """The text's rules, one after the other, without the cap at 1: [c_x, c_y, w, h] of 8732 priors."""
     grids = {'conv4_3': 38, 'conv7': 19, 'conv8_2': 10, 'conv9_2': 5, 'conv10_2': 3, 'conv11_2': 1}
     scales = {'conv4_3': 0.1, 'conv7': 0.2, 'conv8_2': 0.375, 'conv9_2': 0.55, 'conv10_2': 0.725, 'conv11_2': 0.9}
     aspect_ratios = {name: [1., 2., 0.5] for name in grids}
@@ -89,7 +89,7 @@ def test_base_starts_from_he_the_rest_from_xavier_biases_from_0_and_rescale_fact
 
 @pytest.fixture(scope='module')
 def pretrained():
-    """A stand-in for ImageNet's VGG-16, where torch.hub would have put the download; and a base that took it over."""
+    """A stand-in for ImageNet's VGG-16, where torch.hub would have put the download; and a base that loaded it."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as context:  # tmp_path would keep 550 MB
         (Path(folder) / 'hub' / 'checkpoints').mkdir(parents=True)
         torch.manual_seed(1)
@@ -104,7 +104,7 @@ def pretrained():
     return weights, base
 
 
-def test_the_thirteen_convolutions_of_vgg_are_taken_over_in_order(pretrained):
+def test_the_thirteen_convolutions_of_vgg_are_loaded_in_order(pretrained):
     weights, base = pretrained
     places = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # of the convolutions in torchvision's `features`
     names = [name.removeprefix('base.') for name in CONVOLUTIONS if name.startswith('base.')][:13]
@@ -158,7 +158,7 @@ def test_the_8732_priors_are_exactly_those_of_the_texts_rules(model):
     assert model.priors_cxcy[8729].tolist() == [0.5, 0.5, 1, 1]
 
 
-def test_20_priors_are_cut_to_the_image_and_2740_overshoot_it(model):
+def test_20_priors_are_capped_at_the_image_and_2740_overshoot_it(model):
     assert (literal_priors()[:, 2:] > 1).any(dim=1).sum() == 20
     assert model.priors_cxcy[:, 2:].max() == 1
     # 1e-6: rounding alone is no overshooting.

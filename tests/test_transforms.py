@@ -25,7 +25,7 @@ def seed(value):
 
 
 def pixel_boxes(n, width, height, margin=0, smallest=1):
-    """Boxes (n, 4) with whole coordinates in a picture, at least so many pixels away from its edges."""
+    """Boxes (n, 4) with whole coordinates in a picture, at least `margin` pixels away from its edges."""
     lows = [[random.randint(margin, size - 1 - margin - smallest) for size in (width, height)] for _ in range(n)]
     return torch.tensor([[x, y, random.randint(x + smallest, width - 1 - margin),
                           random.randint(y + smallest, height - 1 - margin)] for x, y in lows], dtype=torch.float)
@@ -110,8 +110,8 @@ def no_crop(monkeypatch):
 # -------------------------------------------------------------------------- boxes and pixels move together
 
 def check_painting(image, boxes, originals, scale):
-    """Compares the coordinates painted at the corners and the centers of a picture's boxes (n, 4) with the original
-    boxes (n, 4). `scale` is how many pixels of the original an output pixel covers, (2). Returns whether the picture is
+    """Compare the coordinates painted at the corners and the centers of a picture's boxes (n, 4) with the original
+    boxes (n, 4). `scale` is how many pixels of the original an output pixel covers, (2). Return whether the picture is
     mirrored."""
     column, row, _ = colors(image)  # (300, 300) each: what is painted there
     to_be_seen = (image != 0).any(dim=0)  # (300, 300)
@@ -238,7 +238,7 @@ def test_a_crop_keeps_the_limits_of_size_aspect_ratio_center_and_overlap(overlap
 
 
 def reference_crop(width, height, boxes):
-    """The crop as the tutorial's text describes it: one try after the other, in plain Python."""
+    """The crop as the original tutorial describes it: one try after the other, in plain Python."""
     while True:
         overlap = random.choice(OVERLAPS)
         if overlap is None:
