@@ -23,7 +23,7 @@ LABELS = torch.tensor([label_map[label] for label in OBJECTS])  # (4)
 PRIORS = SSD300.create_prior_boxes()  # (8732, 4), center-size
 PRIORS_XY = cxcy_to_xy(PRIORS)  # (8732, 4)
 OVERLAPS = find_jaccard_overlap(PRIORS_XY, BOXES)  # (8732, 4)
-CLASSES = MultiBoxLoss(PRIORS).match([BOXES], [LABELS])[1][0]  # (8732): what each prior has to learn
+CLASSES = MultiBoxLoss(PRIORS).match(BOXES, LABELS)[1]  # (8732): what each prior has to learn
 
 
 class Scene:
