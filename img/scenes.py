@@ -56,8 +56,8 @@ class Scene:
         """A chip at a corner of a box, outside it if there's room, where no other chip lies. To be drawn after all
         boxes, which would cross it."""
         (left, top), (right, bottom), width = self.at(*xy[:2]), self.at(*xy[2:]), chip_width(text)
-        corners = [(min(max(x, self.x), self.x + self.width - width), y)
-                   for y in (top - CHIP_HEIGHT, bottom, top, bottom - CHIP_HEIGHT) for x in (left, right - width, right)
+        corners = [(min(max(x, self.x), self.x + self.width - width), y) for xs in ((left, right - width), (right,))
+                   for y in (top - CHIP_HEIGHT, bottom, top, bottom - CHIP_HEIGHT) for x in xs
                    if self.y <= y <= self.y + self.height - CHIP_HEIGHT]
         free = [(x, y) for x, y in corners
                 if all(x + width < x1 or x > x2 or abs(y - y1) > CHIP_HEIGHT for x1, x2, y1 in self.chips)]
