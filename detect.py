@@ -19,7 +19,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from model import load_model
-from utils import (InputError, autocast, check_precision, look_through, make_folder, make_label_colors, read_image,
+from utils import (InputError, autocast, check_precision, render_window, make_folder, make_label_colors, read_image,
                    replaced_file, require, run_script)
 
 # Settings: each annotated constant is also a command-line flag of its name, which changes it for one run.
@@ -92,7 +92,7 @@ def find_objects(original_image, min_score, max_overlap, top_k, suppress=None, d
     by falling score. The arguments are those of `detect`."""
     model, label_map = detector or load_detector(checkpoint)
     names = {index: label for label, index in label_map.items()}
-    image = look_through(original_image.convert('RGB'), mean=model.image_mean, std=model.image_std)  # (3, 300, 300)
+    image = render_window(original_image.convert('RGB'), mean=model.image_mean, std=model.image_std)  # (3, 300, 300)
     images = image.unsqueeze(0).to(model.priors_cxcy.device)  # (1, 3, 300, 300): a batch of one
     predicted_locs, predicted_scores = model(images)  # (1, 8732, 4), (1, 8732, n_classes)
     (boxes,), (labels,), (scores,) = model.detect_objects(  # (n, 4), (n), (n)

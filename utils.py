@@ -1,15 +1,17 @@
-"""What the scripts share besides the network: the code of SSD that works on boxes, pictures and files.
+"""What the scripts share besides the network: code that works on boxes, pictures, detections and files.
 
 Chapters, in reading order: labels · boxes · data lists · transforms · evaluation · checkpoints · script settings.
 
-Three forms of a box occur, always as the last dimension (of size 4) of a tensor:
+A box is the last dimension (of size 4) of a tensor. It has one of three forms:
 
-- boundary coordinates (x_min, y_min, x_max, y_max), in the comments "xy";
-- center-size coordinates (c_x, c_y, w, h), "cxcy";
-- offsets (g_c_x, g_c_y, g_w, g_h) of such a box from a prior, "gcxgcy".
+- boundary coordinates (x_min, y_min, x_max, y_max), called "xy" in names and comments;
+- center-size coordinates (c_x, c_y, w, h), called "cxcy";
+- offsets from a prior (g_c_x, g_c_y, g_w, g_h), called "gcxgcy".
 
 Coordinates are fractions of the picture's width and height. Only annotations and the input of `transform`
-count pixels ("absolute" coordinates).
+are in pixels ("absolute" coordinates).
+
+A "picture" is a photograph: a file, or a PIL image. An "image" is the normalized tensor that the network sees.
 """
 
 import argparse
@@ -40,12 +42,12 @@ from tqdm import tqdm
 
 
 class InputError(Exception):
-    """Something that the user gave is missing, unreadable or wrong. The message is one sentence that names
+    """Something that the user provided is missing, unreadable or wrong. The message is one sentence that names
     it and says what to do. `run_script` prints it instead of a traceback."""
 
 
 def require(condition, message):
-    """Raises InputError with the message unless the condition holds."""
+    """Raise InputError with the message unless the condition holds."""
     if not condition:
         raise InputError(message)
 
@@ -58,13 +60,13 @@ voc_labels = ('aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'c
 
 
 def make_label_map(labels) -> dict[str, int]:
-    """{label: class index}: the background is 0, the labels are 1, 2, … in the order given."""
+    """Return {label: class index}: 0 for the background, then 1, 2, … in the order of the labels."""
     return {'background': 0, **{label: index for index, label in enumerate(labels, start=1)}}
 
 
 def make_label_colors(label_map) -> dict[str, str]:
-    """{label: '#rrggbb'} for any number of classes."""
-    # Hues a golden ratio of the circle apart never repeat, and neighbors in the list look different.
+    """Return {label: '#rrggbb'} for any number of classes."""
+    # Steps of the golden ratio around the color circle never repeat a hue, and neighbors in the list differ.
     colors = {}
     for label, index in label_map.items():
         rgb = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.85, 0.95 if index % 2 else 0.75)
@@ -80,60 +82,72 @@ label_color_map = make_label_colors(label_map)
 # ------------------------------------------------------------------------------------------------- boxes
 
 def xy_to_cxcy(xy):
-    """Boundary coordinates (…, 4) to center-size coordinates (…, 4)."""
-    return torch.cat(((xy[..., 2:] + xy[..., :2]) / 2,  # c_x, c_y
-                      xy[..., 2:] - xy[..., :2]), dim=-1)  # w, h
+    """Convert boundary coordinates (…, 4) to center-size coordinates (…, 4)."""
+    x_min, y_min, x_max, y_max = xy.unbind(dim=-1)
+    c_x = (x_min + x_max) / 2
+    c_y = (y_min + y_max) / 2
+    return torch.stack((c_x, c_y, x_max - x_min, y_max - y_min), dim=-1)
 
 
 def cxcy_to_xy(cxcy):
-    """Center-size coordinates (…, 4) to boundary coordinates (…, 4)."""
-    return torch.cat((cxcy[..., :2] - cxcy[..., 2:] / 2,  # x_min, y_min
-                      cxcy[..., :2] + cxcy[..., 2:] / 2), dim=-1)  # x_max, y_max
+    """Convert center-size coordinates (…, 4) to boundary coordinates (…, 4)."""
+    c_x, c_y, w, h = cxcy.unbind(dim=-1)
+    return torch.stack((c_x - w / 2, c_y - h / 2, c_x + w / 2, c_y + h / 2), dim=-1)
 
 
 def cxcy_to_gcxgcy(cxcy, priors_cxcy):
-    """Offsets (…, 4) of boxes (…, 4) from their priors (…, 4), both in center-size coordinates.
+    """Encode boxes (…, 4) as offsets (…, 4) from their priors (…, 4); both in center-size coordinates.
 
-    The distance of the centers is measured in units of the prior's size, the size as the logarithm of its
-    ratio to the prior's. The factors 10 and 5 aren't in the paper: they are the "variances" 0.1 and 0.2 of
-    the authors' Caffe code, which bring all four offsets to about the same spread.
+    Centers are compared in units of the prior's size, sizes by the logarithm of their ratio. The factors 10
+    and 5 aren't in the paper: they are the "variances" 0.1 and 0.2 of the authors' Caffe code. They bring all
+    four offsets to about the same spread.
     """
-    return torch.cat(((cxcy[..., :2] - priors_cxcy[..., :2]) / (priors_cxcy[..., 2:] / 10),  # g_c_x, g_c_y
-                      torch.log(cxcy[..., 2:] / priors_cxcy[..., 2:]) * 5), dim=-1)  # g_w, g_h
+    c_x, c_y, w, h = cxcy.unbind(dim=-1)
+    prior_x, prior_y, prior_w, prior_h = priors_cxcy.unbind(dim=-1)
+    g_c_x = (c_x - prior_x) / (prior_w / 10)
+    g_c_y = (c_y - prior_y) / (prior_h / 10)
+    g_w = torch.log(w / prior_w) * 5
+    g_h = torch.log(h / prior_h) * 5
+    return torch.stack((g_c_x, g_c_y, g_w, g_h), dim=-1)
 
 
-# The largest log(w / ŵ) that is decoded, as in torchvision: 62.5 times the prior, far beyond any image.
+# The largest log(w / ŵ) that is decoded, as in torchvision: 62.5 times the prior, far larger than any image.
 # Without a limit, exp() could turn one wild prediction into infinity.
 MAX_LOG_RATIO = math.log(1000 / 16)
 
 
 def gcxgcy_to_cxcy(gcxgcy, priors_cxcy):
-    """The inverse of `cxcy_to_gcxgcy`: offsets (…, 4) back to center-size coordinates (…, 4)."""
-    log_ratio = (gcxgcy[..., 2:] / 5).clamp(max=MAX_LOG_RATIO)
-    return torch.cat((gcxgcy[..., :2] * priors_cxcy[..., 2:] / 10 + priors_cxcy[..., :2],  # c_x, c_y
-                      torch.exp(log_ratio) * priors_cxcy[..., 2:]), dim=-1)  # w, h
+    """Decode offsets (…, 4) from priors (…, 4) to boxes (…, 4): the inverse of `cxcy_to_gcxgcy`."""
+    g_c_x, g_c_y, g_w, g_h = gcxgcy.unbind(dim=-1)
+    prior_x, prior_y, prior_w, prior_h = priors_cxcy.unbind(dim=-1)
+    c_x = g_c_x * prior_w / 10 + prior_x
+    c_y = g_c_y * prior_h / 10 + prior_y
+    w = torch.exp((g_w / 5).clamp(max=MAX_LOG_RATIO)) * prior_w
+    h = torch.exp((g_h / 5).clamp(max=MAX_LOG_RATIO)) * prior_h
+    return torch.stack((c_x, c_y, w, h), dim=-1)
 
 
 def find_intersection(set_1, set_2):
-    """The area (…, n1, n2) that each box of (…, n1, 4) shares with each of (…, n2, 4); boundary coordinates."""
-    lower = torch.maximum(set_1[..., :, None, :2], set_2[..., None, :, :2])  # (…, n1, n2, 2)
-    upper = torch.minimum(set_1[..., :, None, 2:], set_2[..., None, :, 2:])  # (…, n1, n2, 2)
-    width, height = (upper - lower).clamp(min=0).unbind(dim=-1)  # 0 where the boxes don't meet
+    """Return the area (…, n1, n2) that each box of (…, n1, 4) shares with each of (…, n2, 4); boundary
+    coordinates."""
+    lower = torch.maximum(set_1[..., :, None, :2], set_2[..., None, :, :2])  # (…, n1, n2, 2): left and top
+    upper = torch.minimum(set_1[..., :, None, 2:], set_2[..., None, :, 2:])  # (…, n1, n2, 2): right and bottom
+    width, height = (upper - lower).clamp(min=0).unbind(dim=-1)  # (…, n1, n2): 0 where the boxes don't touch
     return width * height  # (…, n1, n2)
 
 
 def find_jaccard_overlap(set_1, set_2):
-    """Jaccard overlap (IoU) (…, n1, n2) of each box of (…, n1, 4) with each of (…, n2, 4); boundary
-    coordinates. Two boxes without any area overlap by 0."""
-    area_1, area_2 = ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
-                      for boxes in (set_1, set_2))  # (…, n1), (…, n2)
+    """Return the Jaccard overlap (IoU) (…, n1, n2) of each box of (…, n1, 4) with each of (…, n2, 4); boundary
+    coordinates. Boxes without area overlap by 0."""
+    width_1, height_1 = (set_1[..., 2:] - set_1[..., :2]).unbind(dim=-1)  # (…, n1)
+    width_2, height_2 = (set_2[..., 2:] - set_2[..., :2]).unbind(dim=-1)  # (…, n2)
     intersection = find_intersection(set_1, set_2)  # (…, n1, n2)
-    union = area_1[..., :, None] + area_2[..., None, :] - intersection  # (…, n1, n2)
-    return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
+    union = (width_1 * height_1)[..., :, None] + (width_2 * height_2)[..., None, :] - intersection  # (…, n1, n2)
+    return torch.where(union > 0, intersection / union, 0)
 
 
 def decimate(tensor, m):
-    """Keeps every m[d]-th value along dimension d, all of them where m[d] is None."""
+    """Keep every m[d]-th value along dimension d, or all of them where m[d] is None."""
     return tensor[tuple(slice(None, None, step) for step in m)]
 
 
@@ -295,21 +309,31 @@ def write_data_lists(output_folder, label_map, **pictures):
 
 # -------------------------------------------------------------------------------------------- transforms
 #
-# Zooming out is looking through a window that is larger than the picture, zooming in (cropping) is looking
-# through one that is smaller. Both only choose a rectangle (left, top, right, bottom) in the picture's own
-# pixel coordinates; `right` and `bottom` are the first column and row that no longer belong to it. So all
-# the geometry is done on five numbers and the boxes; pixels are touched once, at the end.
+# Zooming out shows a picture through a window larger than the picture; zooming in (cropping) shows it through
+# a smaller one. Both only choose a rectangle (left, top, right, bottom) in the picture's own pixel coordinates,
+# where `right` and `bottom` are the first column and row outside. So all the geometry is done on this window
+# and the boxes; pixels are touched once, at the end.
 
-IMAGE_SIZE = 300  # width and height in pixels of what SSD300 sees
-IMAGENET_MEAN = [0.485, 0.456, 0.406]  # of the pictures with which the VGG base was trained, RGB in [0, 1]
+IMAGE_SIZE = 300  # width and height of the image that SSD300 sees, in pixels
+IMAGENET_MEAN = [0.485, 0.456, 0.406]  # of the pictures that the VGG base was trained with, RGB in [0, 1]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
 
-def shift_hue(image, shift):
-    """Turns the hue of an image (3, height, width) with values in [0, 1] by a fraction of the color circle.
+def adjust_contrast(image, factor):
+    """Multiply the contrast of an image (3, height, width) with values in [0, 1].
 
-    Does what torchvision's adjust_hue does, several times faster. On the circle, from 0 to 6, red lies at 0,
-    green at 2 and blue at 4; whatever the hue, a channel is high within 1 of its place and low beyond 2.
+    Does what torchvision's adjust_contrast does, but always adds up the pixels in the same order: row by row.
+    The sum of a whole image depends on the number of threads, in its last digits.
+    """
+    mean = TF.rgb_to_grayscale(image).mean(dim=-1).mean()
+    return (mean + factor * (image - mean)).clamp(0, 1)
+
+
+def shift_hue(image, shift):
+    """Shift the hue of an image (3, height, width) with values in [0, 1] by a fraction of the color circle.
+
+    Does what torchvision's adjust_hue does, several times faster. On the circle, from 0 to 6, red is at 0,
+    green at 2 and blue at 4. Whatever the hue, a channel is high within 1 of its place and low beyond 2.
     """
     red, green, blue = image  # each (height, width), like everything up to the last line
     high = torch.maximum(torch.maximum(red, green), blue)
@@ -318,44 +342,45 @@ def shift_hue(image, shift):
     hue = torch.where(high == red, green - blue,
                       torch.where(high == green, blue - red + 2 * chroma, red - green + 4 * chroma))
     hue = hue / chroma.clamp(min=1e-8) + 6 * shift  # a gray pixel has no hue, and no chroma to show it
-    hue = hue - 6 * (hue / 6).floor()  # once around the circle is back again
+    hue = hue - 6 * (hue / 6).floor()  # back into [0, 6)
     return torch.stack((low + chroma * ((hue - 3).abs() - 1).clamp(0, 1),
                         low + chroma * (2 - (hue - 2).abs()).clamp(0, 1),
                         low + chroma * (2 - (hue - 4).abs()).clamp(0, 1)))  # (3, height, width)
 
 
-# Functions and the ranges of their factors, as in the Caffe code.
-DISTORTIONS = ((TF.adjust_brightness, 0.5, 1.5), (TF.adjust_contrast, 0.5, 1.5),
+# The functions, and the ranges of their factors as in the Caffe code.
+DISTORTIONS = ((TF.adjust_brightness, 0.5, 1.5), (adjust_contrast, 0.5, 1.5),
                (TF.adjust_saturation, 0.5, 1.5), (shift_hue, -18 / 255, 18 / 255))
 
 
 def photometric_distort(image):
-    """Changes brightness, contrast, saturation and hue of an image (3, height, width) with values in [0, 1]
-    in place: each with a chance of 50 %, in random order."""
+    """Change brightness, contrast, saturation and hue of an image (3, height, width) with values in [0, 1] in
+    place: each with a probability of 50%, in random order."""
     for adjust, low, high in random.sample(DISTORTIONS, len(DISTORTIONS)):
         if random.random() < 0.5:
             image.copy_(adjust(image, random.uniform(low, high)))
 
 
 def zoom_out(width, height) -> tuple[int, int, int, int]:
-    """A window 1 to 4 times as wide and high as a picture, which lies at a random place inside it. Makes the
-    network learn small objects (paper, section 3.6)."""
+    """Return a window 1 to 4 times as wide and high as a picture, with the picture at a random place inside it.
+    Teaches the network small objects (paper, section 3.6)."""
     scale = random.uniform(1, 4)
-    window_width, window_height = int(scale * width), int(scale * height)
+    window_width = int(scale * width)
+    window_height = int(scale * height)
     left = random.randint(0, window_width - width)
     top = random.randint(0, window_height - height)
     return -left, -top, window_width - left, window_height - top
 
 
 def random_crop(window, boxes):
-    """Zooms in: a smaller window inside the given one. Makes the network learn large objects and parts of
+    """Zoom in: choose a smaller window inside the given one. Teaches the network large objects and parts of
     objects (paper, section 2.2, "data augmentation").
 
-    Objects whose center is outside are dropped; one of those that stay overlaps with the crop by at least a
-    minimum, chosen at random. If the choice is no minimum (1 in 7), or without objects, the window stays.
+    Objects whose center is outside are dropped. One of the others overlaps the crop by at least a minimum, which
+    is chosen at random. If the choice is no minimum (1 in 7) or there is no object, the window stays as it is.
 
     :param boxes: objects in the picture's absolute boundary coordinates (n, 4)
-    :return: the window; the boxes in it (m, 4), cut at its edges; which of the n objects they are, bool (n)
+    :return: the window; the boxes in it (m, 4), clipped at its edges; which of the n objects they are, bool (n)
     """
     start, end = torch.tensor(window).view(2, 2)  # (2): left and top; (2): right and bottom
     size = end - start  # (2): width and height
@@ -369,7 +394,7 @@ def random_crop(window, boxes):
         crop_size = (size * torch.empty(50, 2).uniform_(0.3, 1)).long()  # (50, 2): width and height
         room = size - crop_size  # (50, 2)
         first = start + (torch.rand(50, 2) * (room + 1)).long().minimum(room)  # (50, 2): left and top
-        last = first + crop_size - 1  # (50, 2): the last column and row of pixels inside
+        last = first + crop_size - 1  # (50, 2): the last column and row inside
         aspect_ratio = crop_size[:, 1] / crop_size[:, 0]  # (50)
         contained = ((centers > first[:, None]) & (centers < last[:, None])).all(dim=2)  # (50, n)
         overlap = find_jaccard_overlap(torch.cat((first, last), dim=1).float(), boxes)  # (50, n)
@@ -382,19 +407,19 @@ def random_crop(window, boxes):
             return (*first[i].tolist(), *(last[i] + 1).tolist()), boxes, kept
 
 
-def look_through(image, window=None, mirror=False, distort=False, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """What a window shows of a picture, as the network wants it.
+def render_window(image, window=None, mirror=False, distort=False, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """Render the part of a picture inside a window as a normalized tensor.
 
     :param image: PIL image, mode RGB
-    :param window: (left, top, right, bottom) in the image's pixels; None: the whole image
-    :param mirror: mirror it left to right
+    :param window: (left, top, right, bottom) in the picture's pixels; None: the whole picture
+    :param mirror: flip it left to right
     :param distort: change its colors at random
     :return: (3, 300, 300), RGB in [0, 1] normalized by mean and standard deviation
     """
     left, top, right, bottom = window or (0, 0, *image.size)
     visible = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
 
-    # The place of the visible part among 300×300, rounded to whole pixels but never to nothing.
+    # The place of the visible part among 300×300, rounded to whole pixels, at least one.
     def place(low, high, start, end):
         first = min(round((low - start) / (end - start) * IMAGE_SIZE), IMAGE_SIZE - 1)
         return first, max(round((high - start) / (end - start) * IMAGE_SIZE), first + 1)
@@ -406,8 +431,8 @@ def look_through(image, window=None, mirror=False, distort=False, mean=IMAGENET_
         part = ImageOps.mirror(part)
         x1, x2 = IMAGE_SIZE - x2, IMAGE_SIZE - x1
 
-    # Around the picture lies the mean color, which normalization makes 0. The picture itself is changed in
-    # place: getting memory for copies, of a megabyte each, would take longer than filling them.
+    # Around the picture is the mean color, which normalization makes 0. Pixels are changed in place: allocating
+    # copies, of a megabyte each, would take longer than filling them.
     canvas = torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)
     pixels = canvas[:, y1:y2, x1:x2]  # (3, y2 − y1, x2 − x1), a view
     pixels.copy_(TF.pil_to_tensor(part)).div_(255)  # in [0, 1]
@@ -418,19 +443,21 @@ def look_through(image, window=None, mirror=False, distort=False, mean=IMAGENET_
 
 
 def transform(image, boxes, labels, difficulties, split, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """A picture and its objects made ready for the network; for training, changed at random.
+    """Prepare a picture and its objects for the network; for training, change them at random.
 
     :param image: PIL image, mode RGB
-    :param boxes: absolute boundary coordinates, float (n, 4); a side's last pixel belongs to the object
+    :param boxes: absolute boundary coordinates (n, 4); the last pixel of each side belongs to the object
     :param labels, difficulties: (n) each
     :param split: 'TRAIN' zooms out, crops, mirrors and distorts colors; 'TEST' only resizes
-    :param mean, std: with which the network wants images normalized, RGB in [0, 1]
-    :return: image (3, 300, 300), boxes in fractional boundary coordinates (m, 4), labels (m), difficulties
-        (m); a crop may drop objects, but never all of them. What was passed in stays as it was.
+    :param mean, std: the normalization that the network expects, RGB in [0, 1]
+    :return: image (3, 300, 300), boxes in fractional boundary coordinates (m, 4), labels (m), difficulties (m).
+        A crop may drop objects, but never all of them. The arguments stay unchanged.
     """
     if split not in ('TRAIN', 'TEST'):
         raise ValueError(f"split must be 'TRAIN' or 'TEST', not {split!r}")
-    train, mirror, window = split == 'TRAIN', False, (0, 0, *image.size)
+    train = split == 'TRAIN'
+    window = (0, 0, *image.size)
+    mirror = False
     if train:
         if random.random() < 0.5:
             window = zoom_out(*image.size)
@@ -438,14 +465,14 @@ def transform(image, boxes, labels, difficulties, split, mean=IMAGENET_MEAN, std
         labels, difficulties = labels[kept], difficulties[kept]
         mirror = random.random() < 0.5
 
-    image = look_through(image, window, mirror, distort=train, mean=mean, std=std)
+    image = render_window(image, window, mirror, distort=train, mean=mean, std=std)
 
     left, top, right, bottom = window
     width, height = right - left, bottom - top
-    boxes = boxes - torch.tensor([left, top, left, top])  # the window's own pixel coordinates
+    boxes = boxes - torch.tensor([left, top, left, top])  # now in the window's own pixel coordinates
     if mirror:
         x_min, y_min, x_max, y_max = boxes.unbind(dim=1)
-        # Pixel 0 becomes the last one, width − 1, and the right side the left one.
+        # Pixel 0 becomes the last one, width − 1, and the right side becomes the left one.
         boxes = torch.stack((width - 1 - x_max, y_min, width - 1 - x_min, y_max), dim=1)
     boxes = boxes / torch.tensor([width, height, width, height])  # fractional
     return image, boxes, labels, difficulties
@@ -455,67 +482,82 @@ def transform(image, boxes, labels, difficulties, split, mean=IMAGENET_MEAN, std
 
 def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties,
                      min_overlaps=(0.5,)):
-    """Tells true from false detections by the rules of VOC 2007's development kit.
+    """Tell true detections from false ones by the rules of VOC 2007's development kit.
 
-    Of the objects of its picture and class, a detection finds the one that it overlaps most, if by more than
-    a smallest overlap, 0.5 in VOC. Of several detections that find the same object, the one with the highest
-    score is true and the others are false. Those that find a difficult object don't count and are left out.
+    A detection is compared with the object of its picture and class that it overlaps most. It is true if this
+    overlap exceeds a minimum, 0.5 in VOC, and if no detection with a higher score has found the same object.
+    A detection of a difficult object counts neither way and is left out.
 
-    :return: for each smallest overlap, the detections that count, by falling score: labels (d), scores (d),
-        whether true, bool (d). The first six arguments are those of `calculate_mAP`.
+    :param min_overlaps: the minimums to apply, one after the other; for the other arguments see `calculate_mAP`
+    :return: for each minimum, the detections that count, highest score first: labels (d), scores (d), whether
+        true, bool (d); on the CPU
     """
-    overlaps, found, n_objects = [], [], 0  # of each detection: its highest overlap, and the object's number
+    # For each detection: its highest overlap with an object, and the number of that object.
+    highest_overlaps, best_objects, n_objects = [], [], 0
     for boxes, labels, objects, object_labels in zip(det_boxes, det_labels, true_boxes, true_labels):
         if len(objects) > 0:
             overlap = find_jaccard_overlap(boxes, objects)  # (n_detections, n_objects)
             overlap = overlap.masked_fill(labels[:, None] != object_labels, 0)  # only objects of its class
-            overlap, best = overlap.max(dim=1)  # (n_detections)
+            overlap, best_object = overlap.max(dim=1)  # (n_detections)
         else:
-            overlap, best = torch.zeros_like(labels, dtype=torch.float), torch.zeros_like(labels)
-        overlaps.append(overlap)
-        found.append(best + n_objects)
+            overlap = torch.zeros_like(labels, dtype=torch.float)
+            best_object = torch.zeros_like(labels)
+        highest_overlaps.append(overlap)
+        best_objects.append(best_object + n_objects)  # numbers count through all pictures
         n_objects += len(objects)
 
-    # From here on all pictures at once. A stable sort: equal scores stay in the order of the pictures.
-    scores, order = torch.cat(det_scores).sort(descending=True, stable=True)  # (D)
-    labels, overlaps, found = (torch.cat(values)[order] for values in (det_labels, overlaps, found))  # (D)
-    difficult = torch.cat(true_difficulties).bool()  # (n_objects)
+    # All pictures together, highest score first. A stable sort: equal scores stay in the order of the pictures.
+    scores, order = torch.cat(det_scores).cpu().sort(descending=True, stable=True)  # (D)
+    labels = torch.cat(det_labels).cpu()[order]  # (D)
+    highest_overlaps = torch.cat(highest_overlaps).cpu()[order]  # (D)
+    best_objects = torch.cat(best_objects).cpu()[order].tolist()
+    difficult = torch.cat(true_difficulties).tolist()
+
     matches = []
     for min_overlap in min_overlaps:
-        rank, = (overlaps > min_overlap).nonzero(as_tuple=True)  # (f): of the detections that find an object
-        objects = found[rank]  # (f): which one
-        first = torch.full((n_objects,), len(scores), device=rank.device)
-        first = first.scatter_reduce(0, objects, rank, 'amin')  # (n_objects): rank of the first to find it
-        true = torch.zeros_like(labels, dtype=torch.bool).scatter(0, rank, rank == first[objects])  # (D)
-        counts = torch.ones_like(true).scatter(0, rank, ~difficult[objects])  # (D)
-        matches.append((labels[counts], scores[counts], true[counts]))
+        found = [False] * n_objects
+        counting, true = [], []
+        for rank, is_hit in enumerate((highest_overlaps > min_overlap).tolist()):
+            best_object = best_objects[rank]
+            if is_hit and difficult[best_object]:
+                continue
+            counting.append(rank)
+            true.append(is_hit and not found[best_object])  # a second detection of an object is false
+            if is_hit:
+                found[best_object] = True
+        counting = torch.tensor(counting, dtype=torch.long)
+        matches.append((labels[counting], scores[counting], torch.tensor(true, dtype=torch.bool)))
     return matches
 
 
 def average_precision(true, n_objects) -> float:
-    """The 11-point interpolated average precision of VOC 2007.
+    """Return the 11-point interpolated average precision of VOC 2007.
 
-    :param true: whether each detection of a class is true, by falling score, bool (d)
-    :param n_objects: how many objects there are to be found
+    :param true: whether each detection of a class is true, highest score first, bool (d)
+    :param n_objects: how many objects could be found
     :return: the mean, over the recalls 0, 0.1, …, 1, of the highest precision at this recall or a higher one;
         nan if there are no objects
     """
     if n_objects == 0:
         return math.nan
-    n_true = true.cumsum(dim=0)  # (d): after the best 1, 2, …, d detections
+    n_true = true.cumsum(dim=0)  # (d): among the best 1, 2, …, d detections
     precision = n_true.double() / torch.arange(1, len(true) + 1, device=true.device)  # (d)
-    # Recall n_true / n_objects is compared with t / 10 in whole numbers: rounding errors could keep 3 of 10
-    # from reaching 0.3.
-    reached = [precision[10 * n_true >= t * n_objects] for t in range(11)]
-    return sum(values.max().item() for values in reached if len(values)) / 11
+    total = 0.0
+    for t in range(11):
+        # The recall n_true / n_objects is compared with t / 10 in whole numbers: rounding errors could keep
+        # 3 of 10 from reaching 0.3.
+        reached = precision[10 * n_true >= t * n_objects]
+        if len(reached) > 0:
+            total += reached.max().item()
+    return total / 11
 
 
 def rank_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties,
                     label_map=label_map, min_overlaps=(0.5,)) -> list[dict[str, tuple]]:
-    """The detections of each class, from which precision and recall follow; see `match_detections`.
+    """Rank the detections of each class. Precision and recall follow from this ranking; see `match_detections`.
 
-    :return: for each smallest overlap {label: (scores (d), whether true, bool (d), number of objects)}, by
-        falling score, without those that don't count. Classes without objects are named in a warning.
+    :return: for each minimum overlap {label: (scores (d), whether true, bool (d), number of objects)}, highest
+        score first, without the detections that don't count. A warning names the classes without objects.
     """
     countable = torch.cat(true_labels)[~torch.cat(true_difficulties).bool()]  # labels of objects that count
     n_objects = {label: int((countable == index).sum()) for label, index in label_map.items() if index > 0}
@@ -525,26 +567,30 @@ def rank_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, 
     ranked = []
     for labels, scores, true in match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
                                                  true_difficulties, min_overlaps):
-        of_class = {label: labels == label_map[label] for label in n_objects}
-        ranked.append({label: (scores[mask], true[mask], n_objects[label]) for label, mask in of_class.items()})
+        classes = {}
+        for label, n in n_objects.items():
+            of_class = labels == label_map[label]  # (d)
+            classes[label] = scores[of_class], true[of_class], n
+        ranked.append(classes)
     return ranked
 
 
 def mean_of_classes(values) -> float:
-    """The mean over the classes that have a value: a class without objects has nan."""
+    """Return the mean over the classes that have a value. The value of a class without objects is nan."""
     values = [value for value in values if not math.isnan(value)]
     return sum(values) / len(values) if values else math.nan
 
 
 def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties,
                   label_map=label_map) -> tuple[dict[str, float], float]:
-    """Average precision of each class and their mean, as VOC 2007 defines them (development kit, section 4.4).
+    """Return the average precision of each class and their mean, as VOC 2007 defines them (development kit,
+    section 4.4).
 
-    All arguments but the last are lists with a tensor per picture, of its detections: boxes in boundary
-    coordinates (d, 4), labels (d), scores (d); and of its objects: boxes (n, 4), labels (n), difficulties (n).
+    All arguments but the last are lists with one tensor per picture. Of its detections: boxes in boundary
+    coordinates (d, 4), labels (d), scores (d). Of its objects: boxes (n, 4), labels (n), difficulties (n).
 
-    :return: {label: AP}, mAP. A class without objects (difficult ones don't count) has no AP: it is nan,
-        stays out of the mean and is named in a warning.
+    :return: {label: AP}, mAP. A class without objects (difficult ones don't count) has no AP: it is nan, stays
+        out of the mean, and is named in a warning.
     """
     ranked, = rank_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties,
                               label_map)

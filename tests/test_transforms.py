@@ -11,8 +11,8 @@ from PIL import Image
 from references import iou
 
 import utils
-from utils import (DISTORTIONS, IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, look_through, photometric_distort, random_crop,
-                   shift_hue, transform, zoom_out)
+from utils import (DISTORTIONS, IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, adjust_contrast, photometric_distort, random_crop,
+                   render_window, shift_hue, transform, zoom_out)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -85,7 +85,7 @@ def test_pictures_of_any_size_work_with_and_without_an_object(size, split):
             assert new_boxes.shape == (n, 4) and labels.shape == (n,) and difficulties.shape == (n,)
             assert (new_boxes[:, 2:] > new_boxes[:, :2]).all()
             assert (pixels != 0).any()  # something of the picture is to be seen, however thin it is
-    image = look_through(Image.new('RGB', (10, 10), 'red'), (-500, -500, 10_500, 10_500))
+    image = render_window(Image.new('RGB', (10, 10), 'red'), (-500, -500, 10_500, 10_500))
     assert (image != 0).any(dim=0).sum() == 1
 
 
@@ -141,9 +141,9 @@ def test_a_picture_painted_with_its_own_coordinates_proves_that_boxes_and_pixels
 
     def look(image, window=None, mirror=False, **arguments):
         windows.append((window, mirror))
-        return look_through(image, window, mirror, **arguments)
+        return render_window(image, window, mirror, **arguments)
 
-    monkeypatch.setattr(utils, 'look_through', look)
+    monkeypatch.setattr(utils, 'render_window', look)
     monkeypatch.setattr(utils, 'photometric_distort', lambda image: None)
     _, boxes, labels, difficulties = random_case(value, margin=10, smallest=30, low=120, high=256)
     width, height = int(boxes[:, 2].max()) + 11, int(boxes[:, 3].max()) + 11
@@ -187,7 +187,7 @@ def test_mirrored_boxes_follow_inclusive_pixels(monkeypatch, no_crop):
 
 def test_half_of_the_pictures_are_mirrored_and_half_zoomed_out_independently(monkeypatch, no_crop):
     seen = []
-    monkeypatch.setattr(utils, 'look_through', lambda image, window, mirror, distort, **_: seen.append(
+    monkeypatch.setattr(utils, 'render_window', lambda image, window, mirror, distort, **_: seen.append(
         (window != (0, 0, 40, 40), mirror, distort)))
     seed(0)
     for _ in range(2000):
@@ -331,5 +331,5 @@ def test_hue_is_shifted_as_torchvision_does(shift):
 def test_the_filler_around_a_picture_is_not_distorted():
     seed(0)
     for _ in range(20):
-        image = look_through(Image.new('RGB', (30, 30), 'red'), (-30, -30, 60, 60), distort=True)
+        image = render_window(Image.new('RGB', (30, 30), 'red'), (-30, -30, 60, 60), distort=True)
         assert (image[:, :100] == 0).all() and (image[:, 200:] == 0).all() and (image[:, 100:200, 100:200] != 0).any()
