@@ -1,24 +1,22 @@
 """SSD300 (Liu et al., "SSD: Single Shot MultiBox Detector", arXiv 1512.02325).
 
-In reading order: the network, the loss that trains it, the suppression of duplicate detections, and weights
-from elsewhere. Shapes in the comments: N images in a batch, 8732 priors, n_classes including the background,
-which is class 0.
+In reading order: the network, its loss, the suppression of duplicate detections, weights from elsewhere.
+Shapes in the comments: N images in a batch, 8732 priors, n_classes including the background, which is class 0.
 """
 
-import pickle
 from math import sqrt
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import distributed, nn
+from torch import nn
 from torchvision.models import VGG16_Weights
 from torchvision.models.detection import SSD300_VGG16_Weights
 from torchvision.ops import nms
 
 from utils import (IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, InputError, cxcy_to_gcxgcy, cxcy_to_xy, decimate,
-                   find_jaccard_overlap, gcxgcy_to_cxcy, is_checkpoint, make_label_map, read_checkpoint_file, require,
-                   several_processes, voc_labels, xy_to_cxcy)
+                   download_weights, find_jaccard_overlap, gcxgcy_to_cxcy, is_checkpoint, make_label_map,
+                   mean_over_processes, read_checkpoint_file, require, voc_labels, xy_to_cxcy)
 
 # ------------------------------------------------------------------------------------------ network
 
@@ -31,13 +29,11 @@ class FeatureMap(NamedTuple):
 
     @property
     def n_priors(self) -> int:
-        """Priors at each position: one per ratio, and the extra one."""
-        return len(self.ratios) + 1
+        return len(self.ratios) + 1  # at each position: one per ratio, and the extra one
 
 
-# The six maps of the paper (section 2.2; the authors' Caffe code uses other scales). This one table makes both
-# the priors and the prediction convolutions, so that the i-th prediction belongs to the i-th prior. The original
-# tutorial's published weights were trained with 0.333, not with 1/3.
+# The six maps of the paper (section 2.2). This one table makes both the priors and the prediction convolutions, so
+# that the i-th prediction belongs to the i-th prior. The original tutorial's weights were trained with 0.333, not 1/3.
 FEATURE_MAPS = (
     FeatureMap('conv4_3', 512, 38, 0.1, (1, 2, 0.5)),
     FeatureMap('conv7', 1024, 19, 0.2, (1, 2, 3, 0.5, 0.333)),
@@ -47,10 +43,6 @@ FEATURE_MAPS = (
     FeatureMap('conv11_2', 256, 1, 0.9, (1, 2, 0.5)),
 )
 
-# The index of each layer among the `features` of torchvision's vgg16.
-VGG16_INDEX = {'conv1_1': 0, 'conv1_2': 2, 'conv2_1': 5, 'conv2_2': 7, 'conv3_1': 10, 'conv3_2': 12, 'conv3_3': 14,
-               'conv4_1': 17, 'conv4_2': 19, 'conv4_3': 21, 'conv5_1': 24, 'conv5_2': 26, 'conv5_3': 28}
-
 
 class VGGBase(nn.Module):
     """VGG-16 without its classifier: the source of the two lower feature maps."""
@@ -59,18 +51,14 @@ class VGGBase(nn.Module):
         super().__init__()
         self.conv1_1 = nn.Conv2d(3, 64, kernel_size=3, padding=1)
         self.conv1_2 = nn.Conv2d(64, 64, kernel_size=3, padding=1)
-
         self.conv2_1 = nn.Conv2d(64, 128, kernel_size=3, padding=1)
         self.conv2_2 = nn.Conv2d(128, 128, kernel_size=3, padding=1)
-
         self.conv3_1 = nn.Conv2d(128, 256, kernel_size=3, padding=1)
         self.conv3_2 = nn.Conv2d(256, 256, kernel_size=3, padding=1)
         self.conv3_3 = nn.Conv2d(256, 256, kernel_size=3, padding=1)
-
         self.conv4_1 = nn.Conv2d(256, 512, kernel_size=3, padding=1)
         self.conv4_2 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
         self.conv4_3 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
-
         self.conv5_1 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
         self.conv5_2 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
         self.conv5_3 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
@@ -80,8 +68,8 @@ class VGGBase(nn.Module):
         self.conv6 = nn.Conv2d(512, 1024, kernel_size=3, padding=6, dilation=6)
         self.conv7 = nn.Conv2d(1024, 1024, kernel_size=1)
 
-        # For training without load_pretrained_layers(). Through fifteen layers without normalization, a signal
-        # survives only if the weights preserve its variance (He initialization).
+        # For training without load_pretrained_layers(): a signal survives fifteen layers without normalization
+        # only if the weights preserve its variance (He initialization).
         for conv in self.children():
             nn.init.kaiming_normal_(conv.weight, nonlinearity='relu')
             nn.init.zeros_(conv.bias)
@@ -91,48 +79,41 @@ class VGGBase(nn.Module):
         out = F.relu(self.conv1_1(images))  # (N, 64, 300, 300)
         out = F.relu(self.conv1_2(out))  # (N, 64, 300, 300)
         out = F.max_pool2d(out, kernel_size=2)  # (N, 64, 150, 150)
-
         out = F.relu(self.conv2_1(out))  # (N, 128, 150, 150)
         out = F.relu(self.conv2_2(out))  # (N, 128, 150, 150)
         out = F.max_pool2d(out, kernel_size=2)  # (N, 128, 75, 75)
-
         out = F.relu(self.conv3_1(out))  # (N, 256, 75, 75)
         out = F.relu(self.conv3_2(out))  # (N, 256, 75, 75)
         out = F.relu(self.conv3_3(out))  # (N, 256, 75, 75)
         out = F.max_pool2d(out, kernel_size=2, ceil_mode=True)  # (N, 256, 38, 38): 75 / 2 rounded up
-
         out = F.relu(self.conv4_1(out))  # (N, 512, 38, 38)
         out = F.relu(self.conv4_2(out))  # (N, 512, 38, 38)
         conv4_3 = F.relu(self.conv4_3(out))  # (N, 512, 38, 38)
         out = F.max_pool2d(conv4_3, kernel_size=2)  # (N, 512, 19, 19)
-
         out = F.relu(self.conv5_1(out))  # (N, 512, 19, 19)
         out = F.relu(self.conv5_2(out))  # (N, 512, 19, 19)
         out = F.relu(self.conv5_3(out))  # (N, 512, 19, 19)
         out = F.max_pool2d(out, kernel_size=3, stride=1, padding=1)  # (N, 512, 19, 19): not halved
-
         out = F.relu(self.conv6(out))  # (N, 1024, 19, 19)
         conv7 = F.relu(self.conv7(out))  # (N, 1024, 19, 19)
         return conv4_3, conv7
 
     def load_pretrained_layers(self):
-        """Load torchvision's VGG-16, trained on ImageNet (downloads 528 MB, once). fc6 and fc7 become
-        convolutions, decimated to the size of conv6 and conv7. Raises InputError if the download fails."""
+        """Load torchvision's VGG-16, trained on ImageNet (downloads 528 MB, once). fc6 and fc7 become convolutions,
+        decimated to the size of conv6 and conv7. Raises InputError if the download fails."""
         vgg16 = download_weights(VGG16_Weights.IMAGENET1K_V1, 'train with --no-pretrained')
+        features = [tensor for name, tensor in vgg16.items() if name.startswith('features.')]
+        weights = dict(zip(self.state_dict(), features))  # conv1_1 … conv5_3, in the same order there and here
         fc6 = vgg16['classifier.0.weight'].view(4096, 512, 7, 7)  # was (4096, 25088)
         fc7 = vgg16['classifier.3.weight'].view(4096, 4096, 1, 1)  # was (4096, 4096)
-        weights = {'conv6.weight': decimate(fc6, m=(4, None, 3, 3)),  # (1024, 512, 3, 3)
-                   'conv6.bias': decimate(vgg16['classifier.0.bias'], m=(4,)),  # (1024)
-                   'conv7.weight': decimate(fc7, m=(4, 4, None, None)),  # (1024, 1024, 1, 1)
-                   'conv7.bias': decimate(vgg16['classifier.3.bias'], m=(4,))}  # (1024)
-        for name, index in VGG16_INDEX.items():
-            weights[f'{name}.weight'] = vgg16[f'features.{index}.weight']
-            weights[f'{name}.bias'] = vgg16[f'features.{index}.bias']
+        weights['conv6.weight'] = decimate(fc6, m=(4, None, 3, 3))  # (1024, 512, 3, 3)
+        weights['conv6.bias'] = decimate(vgg16['classifier.0.bias'], m=(4,))  # (1024)
+        weights['conv7.weight'] = decimate(fc7, m=(4, 4, None, None))  # (1024, 1024, 1, 1)
+        weights['conv7.bias'] = decimate(vgg16['classifier.3.bias'], m=(4,))  # (1024)
         self.load_state_dict(weights)
 
     def freeze_blocks(self, n_blocks):
-        """Keep the weights of the first blocks (conv1_*, conv2_*, …) as they are. A training step then takes
-        less time and memory, since autograd doesn't record these layers."""
+        """Keep the first blocks (conv1_*, conv2_*, …) as they are: a training step then takes less time and memory."""
         for name, parameter in self.named_parameters():
             if int(name[len('conv')]) <= n_blocks:
                 parameter.requires_grad_(False)
@@ -145,29 +126,22 @@ class AuxiliaryConvolutions(nn.Module):
         super().__init__()
         self.conv8_1 = nn.Conv2d(1024, 256, kernel_size=1)
         self.conv8_2 = nn.Conv2d(256, 512, kernel_size=3, stride=2, padding=1)
-
         self.conv9_1 = nn.Conv2d(512, 128, kernel_size=1)
         self.conv9_2 = nn.Conv2d(128, 256, kernel_size=3, stride=2, padding=1)
-
         self.conv10_1 = nn.Conv2d(256, 128, kernel_size=1)
         self.conv10_2 = nn.Conv2d(128, 256, kernel_size=3)
-
         self.conv11_1 = nn.Conv2d(256, 128, kernel_size=1)
         self.conv11_2 = nn.Conv2d(128, 256, kernel_size=3)
         init_xavier(self)
 
     def forward(self, conv7):
-        """conv7 (N, 1024, 19, 19) → feature maps conv8_2 (N, 512, 10, 10), conv9_2 (N, 256, 5, 5),
-        conv10_2 (N, 256, 3, 3), conv11_2 (N, 256, 1, 1)"""
+        """conv7 (N, 1024, 19, 19) → feature maps conv8_2, conv9_2, conv10_2, conv11_2, of the sizes below"""
         out = F.relu(self.conv8_1(conv7))  # (N, 256, 19, 19)
         conv8_2 = F.relu(self.conv8_2(out))  # (N, 512, 10, 10)
-
         out = F.relu(self.conv9_1(conv8_2))  # (N, 128, 10, 10)
         conv9_2 = F.relu(self.conv9_2(out))  # (N, 256, 5, 5)
-
         out = F.relu(self.conv10_1(conv9_2))  # (N, 128, 5, 5)
         conv10_2 = F.relu(self.conv10_2(out))  # (N, 256, 3, 3)
-
         out = F.relu(self.conv11_1(conv10_2))  # (N, 128, 3, 3)
         conv11_2 = F.relu(self.conv11_2(out))  # (N, 256, 1, 1)
         return conv8_2, conv9_2, conv10_2, conv11_2
@@ -212,8 +186,7 @@ def init_xavier(module):
 class SSD300(nn.Module):
     """The whole network: base, auxiliary and prediction convolutions."""
 
-    # How images are normalized, and whether predicted boxes are clipped at the image's edges. Weights from
-    # elsewhere bring their own values.
+    # How images are normalized, and whether boxes are clipped at the edges. Weights from elsewhere bring their own.
     image_mean = IMAGENET_MEAN
     image_std = IMAGENET_STD
     clip_boxes = False
@@ -225,17 +198,14 @@ class SSD300(nn.Module):
         self.base = VGGBase()
         self.aux_convs = AuxiliaryConvolutions()
         self.pred_convs = PredictionConvolutions(n_classes)
-        # conv4_3's values are on a different scale than those of the maps above. So the values at each position
-        # are scaled to unit length; each channel is then multiplied by a learned factor, which starts at 20
-        # (paper, section 3.1).
+        # conv4_3's values are on a different scale than those of the maps above. So they are scaled to unit length at
+        # each position; each channel is then multiplied by a learned factor, at first 20 (paper, section 3.1).
         self.rescale_factors = nn.Parameter(torch.full((1, 512, 1, 1), 20.0))
-        # A buffer moves to any device with the network. It isn't saved in the state dict, since published
-        # weights don't have it.
+        # A buffer moves with the network to any device. The state dict doesn't have it, nor do published weights.
         self.register_buffer('priors_cxcy', self.create_prior_boxes(), persistent=False)
 
     def forward(self, images):
-        """images (N, 3, 300, 300) → locs (N, 8732, 4), offsets from the priors; scores
-        (N, 8732, n_classes), before softmax. Raises ValueError for images of another shape."""
+        """images (N, 3, 300, 300) → offsets from the priors (N, 8732, 4), scores before softmax (N, 8732, n_classes)"""
         if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(f'images must be of shape (N, 3, 300, 300), not {tuple(images.shape)}')
         conv4_3, conv7 = self.base(images)  # (N, 512, 38, 38), (N, 1024, 19, 19)
@@ -245,20 +215,13 @@ class SSD300(nn.Module):
 
     @staticmethod
     def create_prior_boxes():
-        """Return the 8732 priors in fractional center-size coordinates (8732, 4) (paper, section 2.2): map by map,
-        row by row, position by position; at each position the first ratio, the extra prior, the other ratios."""
+        """Return the 8732 priors in fractional center-size coordinates (8732, 4), map by map (paper, section 2.2)."""
         priors = []
-        for i, feature_map in enumerate(FEATURE_MAPS):
+        for i, (_, _, grid, scale, ratios) in enumerate(FEATURE_MAPS):
             # The extra prior is a square between this scale and the next. The last map has no next one: the
             # original tutorial, and so its published weights, take 1.0 there.
-            is_last = feature_map is FEATURE_MAPS[-1]
-            extra = 1.0 if is_last else sqrt(feature_map.scale * FEATURE_MAPS[i + 1].scale)
-            sizes = prior_sizes(feature_map.scale, extra, feature_map.ratios)
-            for row in range(feature_map.grid):
-                for column in range(feature_map.grid):
-                    c_x = (column + 0.5) / feature_map.grid  # the center of the tile
-                    c_y = (row + 0.5) / feature_map.grid
-                    priors += [(c_x, c_y, w, h) for w, h in sizes]
+            extra = sqrt(scale * FEATURE_MAPS[i + 1].scale) if i + 1 < len(FEATURE_MAPS) else 1.0
+            priors += lay_out_priors(grid, grid, scale, extra, ratios)
         priors = torch.tensor(priors)  # (8732, 4)
         # No prior is wider or higher than the image. As in the original tutorial, this shrinks 20 of them, on
         # the two uppermost maps. 2740 reach beyond an edge of the image and stay so, as in the Caffe code.
@@ -266,8 +229,7 @@ class SSD300(nn.Module):
         return priors
 
     def decode(self, predicted_locs, predicted_scores):
-        """The network's output (N, 8732, 4), (N, 8732, n_classes) → boxes in fractional boundary coordinates
-        (N, 8732, 4), probabilities of the classes (N, 8732, n_classes)"""
+        """The output → boxes in fractional boundary coordinates (N, 8732, 4), probabilities (N, 8732, n_classes)"""
         boxes = cxcy_to_xy(gcxgcy_to_cxcy(predicted_locs.float(), self.priors_cxcy))  # (N, 8732, 4)
         if self.clip_boxes:
             boxes = boxes.clamp(0, 1)
@@ -276,13 +238,12 @@ class SSD300(nn.Module):
     def detect_objects(self, predicted_locs, predicted_scores, min_score, max_overlap, top_k):
         """Turn the network's output into objects.
 
-        :param predicted_locs: (N, 8732, 4)
-        :param predicted_scores: (N, 8732, n_classes), before softmax
+        :param predicted_locs, predicted_scores: (N, 8732, 4) and (N, 8732, n_classes), before softmax
         :param min_score: candidates must have a higher score
         :param max_overlap: of two boxes of one class that overlap by more than this, the better one is kept
         :param top_k: keep at most this many objects per image, those with the highest scores
-        :return: three lists with a tensor per image, highest score first: boxes in fractional boundary
-            coordinates (n, 4), labels (n), scores (n); n may be 0
+        :return: three lists with a tensor per image, highest score first: boxes in fractional boundary coordinates
+            (n, 4), labels (n), scores (n); n may be 0
         """
         boxes, probabilities = self.decode(predicted_locs, predicted_scores)
         detections = [suppress_duplicates(image_boxes, class_scores, min_score, max_overlap, top_k)
@@ -290,11 +251,14 @@ class SSD300(nn.Module):
         return tuple([detection[i] for detection in detections] for i in range(3))
 
 
-def prior_sizes(scale, extra, ratios):
-    """Return (width, height) of the priors at each position of a map, in their order; `extra` is a square's side."""
+def lay_out_priors(grid, n_tiles, scale, extra, ratios) -> list[tuple[float, ...]]:
+    """Return (c_x, c_y, w, h) of one map's priors: row by row, position by position; at each position the first
+    ratio, the extra prior (a square with this side), the other ratios. n_tiles would fit side by side in the image."""
     # A prior of scale s and ratio a is s·√a wide and s/√a high: its area is s² whatever its ratio.
     first, *others = [(scale * sqrt(ratio), scale / sqrt(ratio)) for ratio in ratios]
-    return [first, (extra, extra), *others]
+    sizes = [first, (extra, extra), *others]
+    centers = [(place + 0.5) / n_tiles for place in range(grid)]  # of the tiles in a row or column
+    return [(c_x, c_y, w, h) for c_y in centers for c_x in centers for w, h in sizes]
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -309,10 +273,8 @@ class MultiBoxLoss(nn.Module):
         :param threshold: a prior is positive if it overlaps an object by at least this much
         :param neg_pos_ratio: hard negatives per positive prior
         :param alpha: weight of the localization loss
-        :param localization: 'smooth_l1' as in the paper, or 'l1', which the original tutorial's published weights
-            were trained with by mistake
-        :param min_negatives: hard negatives per image, at least. With 0, as in the paper, an image without objects
-            teaches nothing; with 3, say, it teaches the network not to see objects there
+        :param localization: 'smooth_l1' as in the paper; the original tutorial's weights used 'l1', by mistake
+        :param min_negatives: fewest hard negatives per image; 0 as in the paper: images without objects teach nothing
         """
         super().__init__()
         if localization not in ('smooth_l1', 'l1'):
@@ -333,13 +295,11 @@ class MultiBoxLoss(nn.Module):
     def parts(self, predicted_locs, predicted_scores, boxes, labels):
         """Return the confidence loss and the localization loss, both scalars.
 
-        :param predicted_locs: (N, 8732, 4), offsets from the priors
-        :param predicted_scores: (N, 8732, n_classes), before softmax
-        :param boxes: N tensors: each image's objects in fractional boundary coordinates (n, 4); n may be 0
-        :param labels: N tensors: their classes (n)
+        :param predicted_locs, predicted_scores: (N, 8732, 4) and (N, 8732, n_classes), before softmax
+        :param boxes: N tensors, the objects of each image in fractional boundary coordinates (n, 4); n may be 0
+        :param labels: N tensors, their classes (n)
         """
-        predicted_locs = predicted_locs.float()  # after autocast
-        predicted_scores = predicted_scores.float()
+        predicted_locs, predicted_scores = predicted_locs.float(), predicted_scores.float()  # after autocast
         true_boxes = torch.empty_like(predicted_locs)  # (N, 8732, 4)
         true_classes = torch.empty_like(predicted_scores[:, :, 0], dtype=torch.long)  # (N, 8732)
         for i, (image_boxes, image_labels) in enumerate(zip(boxes, labels, strict=True)):
@@ -363,18 +323,15 @@ class MultiBoxLoss(nn.Module):
         rank = torch.arange(negative_losses.shape[1], device=negative_losses.device)  # (8732)
         n_negatives = (self.neg_pos_ratio * n_positives).clamp(min=self.min_negatives)  # (N)
         hard = rank < n_negatives[:, None]  # (N, 8732)
-        conf_loss = (torch.where(positive, conf_loss, 0).sum()
-                     + torch.where(hard, negative_losses, 0).sum()) / n_positives_in_batch
-        return conf_loss, loc_loss
+        conf_loss = torch.where(positive, conf_loss, 0).sum() + torch.where(hard, negative_losses, 0).sum()
+        return conf_loss / n_positives_in_batch, loc_loss
 
     @torch.no_grad()
     def match(self, boxes, labels):
-        """Assign an object of one image, or the background, to each prior.
+        """Assign an object or the background to each prior of one image, with boxes (n, 4) and labels (n).
 
-        :param boxes: objects in fractional boundary coordinates (n, 4); n may be 0
-        :param labels: their classes (n)
-        :return: the box of each prior's object in fractional boundary coordinates (8732, 4), the prior itself if
-            it has none; the class of each prior (8732), 0 for the background
+        :return: the box of each prior's object in boundary coordinates (8732, 4), the prior itself if it has none;
+            the class of each prior (8732), 0 for the background
         """
         if len(boxes) == 0:
             return self.priors_xy, torch.zeros_like(self.priors_xy[:, 0], dtype=torch.long)
@@ -400,33 +357,20 @@ class MultiBoxLoss(nn.Module):
         return true_boxes, true_classes
 
 
-def mean_over_processes(count):
-    """Average a count of positives over the training processes, each of which has a part of the batch. All of them
-    together count as at least 1: without positives, the loss must not be divided by 0."""
-    if not several_processes():
-        return count.clamp(min=1)
-    distributed.all_reduce(count)  # adds up the counts of all processes
-    # The mean, since DistributedDataParallel averages the gradients, too.
-    return count.clamp(min=1) / distributed.get_world_size()
-
-
 # ---------------------------------------------------------------------------------------- detection
 
-MAX_CANDIDATES = 400  # per class and image, as in the authors' Caffe code
-
-
-def suppress_duplicates(boxes, class_scores, min_score, max_overlap, top_k):
+def suppress_duplicates(boxes, class_scores, min_score, max_overlap, top_k, max_candidates=400):
     """Non-maximum suppression in one image: boxes (8732, 4) in boundary coordinates, class_scores
     (8732, n_classes − 1) without the background's. For the rest see `SSD300.detect_objects`."""
-    priors, labels = [], []
-    for label, scores in enumerate(class_scores.unbind(dim=1), start=1):  # one prior may be several classes' candidate
+    priors, labels = [], []  # of what is kept; one prior may be an object of several classes
+    for label, scores in enumerate(class_scores.unbind(dim=1), start=1):
         candidates, = (scores > min_score).nonzero(as_tuple=True)  # (n_candidates)
         best_first = scores[candidates].argsort(descending=True, stable=True)
-        candidates = candidates[best_first[:MAX_CANDIDATES]]
+        candidates = candidates[best_first[:max_candidates]]  # 400 of a class, as in the authors' Caffe code
         kept = candidates[nms(boxes[candidates], scores[candidates], max_overlap)]  # (n_kept)
         priors.append(kept)
         labels.append(torch.full_like(kept, label))
-    priors, labels = torch.cat(priors), torch.cat(labels)  # (n) each: of all classes together
+    priors, labels = torch.cat(priors), torch.cat(labels)  # (n) each, class by class
     scores = class_scores[priors, labels - 1]  # (n)
     best = scores.argsort(descending=True, stable=True)[:top_k]
     return boxes[priors[best]], labels[best], scores[best]
@@ -445,8 +389,7 @@ def load_model(checkpoint_path) -> tuple[SSD300, dict[str, int]]:
 
 
 def load_weights(model, checkpoint, checkpoint_path):
-    """Copy a loaded checkpoint into a network: its weights, and whatever else the network needs. Raises InputError
-    if the weights don't fit."""
+    """Copy a loaded checkpoint into a network. Raises InputError if the weights don't fit."""
     try:
         model.load_state_dict(checkpoint['model'])
         if 'priors_cxcy' in checkpoint:  # older checkpoints don't have this part: the defaults are right for them
@@ -455,55 +398,32 @@ def load_weights(model, checkpoint, checkpoint_path):
                 setattr(model, name, checkpoint[name])
     except (RuntimeError, AttributeError, TypeError):
         raise InputError(f"the weights in checkpoint '{checkpoint_path}' aren't those of an SSD300 with "
-                         f'{model.n_classes} classes: choose a checkpoint that train.py wrote') from None
+                         f'{model.n_classes} classes and these FEATURE_MAPS: choose another checkpoint') from None
 
 
 def start_from_checkpoint(model, checkpoint_path, label_map):
-    """Start fine-tuning: copy a checkpoint's weights into a new network. In the class heads, labels that the
-    checkpoint doesn't know keep their random weights. Raises InputError if the checkpoint can't be used."""
+    """Start fine-tuning: copy a checkpoint into a new network. Of the class heads, only the filters of labels that
+    the checkpoint knows are copied. Raises InputError if it can't be used."""
     checkpoint = load_any_checkpoint(checkpoint_path)
-    own_priors = model.priors_cxcy.clone()
-    if checkpoint['label_map'] != label_map:
-        copy_class_heads(checkpoint, model, label_map)
-    load_weights(model, checkpoint, checkpoint_path)
-
-    new = [label for label in label_map if label not in checkpoint['label_map']]
-    known = [label for label in label_map if label in checkpoint['label_map']]
-    print(f'Fine-tuning {checkpoint_path}; class heads copied for {", ".join(known)}'
-          + (f'; from scratch for {", ".join(new)}' if new else ''))
-    if not torch.allclose(model.priors_cxcy, own_priors, atol=1e-5):
-        print("The checkpoint's own priors are used, not those of FEATURE_MAPS")
-
-
-def copy_class_heads(checkpoint, model, label_map):
-    """Replace a checkpoint's class heads by those of a new network with other labels, in which the filters of
-    each label that both know are the checkpoint's."""
-    old_labels = checkpoint['label_map']
-    known = [label for label in label_map if label in old_labels]
-    rows = torch.tensor([label_map[label] for label in known])
-    old_rows = torch.tensor([old_labels[label] for label in known])
+    weights, trained_label_map = checkpoint['model'], checkpoint['label_map']
+    load_weights(SSD300(len(trained_label_map)), checkpoint, checkpoint_path)  # only to see whether they fit
     for name, head in model.state_dict().items():
-        if name.startswith('pred_convs.cl_'):
-            # One filter per prior and class: (n_priors · n_classes, …) → (n_priors, n_classes, …)
-            old_head = checkpoint['model'][name].unflatten(0, (-1, len(old_labels)))
-            head = head.clone().unflatten(0, (-1, model.n_classes))
-            head[:, rows] = old_head[:, old_rows]
-            checkpoint['model'][name] = head.flatten(0, 1)
-
-
-def download_weights(source, instead) -> dict:
-    """Return the state dict of torchvision's pretrained weights `source`, downloaded once. If that fails, raises
-    InputError, which says what to do instead."""
-    try:
-        return source.get_state_dict(progress=True, check_hash=True, map_location='cpu', weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{source.url} can't be downloaded ({error}): {instead}, or put that file into "
-                         f'{torch.hub.get_dir()}/checkpoints') from None
+        if name.startswith('pred_convs.cl_'):  # one filter per prior and class: (n_priors · n_classes, …)
+            head = head.clone().unflatten(0, (-1, len(label_map)))  # (n_priors, n_classes, …)
+            trained_head = weights[name].unflatten(0, (-1, len(trained_label_map)))
+            for label in label_map.keys() & trained_label_map.keys():
+                head[:, label_map[label]] = trained_head[:, trained_label_map[label]]
+            weights[name] = head.flatten(0, 1)
+    load_weights(model, checkpoint, checkpoint_path)
+    new = ', '.join(label for label in label_map if label not in trained_label_map)
+    print(f'Fine-tuning {checkpoint_path}' + (f'; the class heads start from scratch for {new}' if new else ''))
+    if not torch.allclose(model.priors_cxcy, SSD300.create_prior_boxes(), atol=1e-5):
+        print(f'The priors are those of {checkpoint_path}, not those that FEATURE_MAPS makes')
 
 
 class Peer(NamedTuple):
-    """Another implementation of the same 71 tensors, in our order: the prefixes of its names, and what it does
-    differently. The defaults are those of the authors' Caffe code."""
+    """Another implementation of the same network: the prefixes of its tensors' names, and what differs from ours. The
+    tensors come in our order. The defaults are those of the authors' Caffe code."""
     convs: tuple[str, ...]  # the layers conv1_1 … conv11_2
     rescale_factors: str
     loc: str  # the six localization convolutions
@@ -544,47 +464,44 @@ def load_any_checkpoint(path) -> dict:
 
 def from_peer(state_dict, name) -> dict:
     """Convert the weights of one of the `PEERS` to a checkpoint of ours that predicts the same. Raises InputError
-    for the weights of another network than SSD300, or for other classes than VOC's or COCO's."""
+    for those of another network than SSD300, or for other classes than VOC's or COCO's."""
     peer = PEERS[name]
 
     def tensors(prefix):  # of each layer its weight, then its bias
         return [tensor for key, tensor in state_dict.items() if key.startswith(prefix)]
 
-    with torch.device('meta'):  # its weights aren't needed, only their names
+    with torch.device('meta'):  # only the names of the weights are needed
         own_names = [key for key in SSD300(n_classes=1).state_dict() if key.startswith(('base.', 'aux_convs.'))]
-    convs = tensors(peer.convs)
-    heads = {'loc': tensors(peer.loc), 'cl': tensors(peer.cl)}
+    convs, heads = tensors(peer.convs), {'loc': tensors(peer.loc), 'cl': tensors(peer.cl)}
     n_classes = len(heads['cl'][-1]) // FEATURE_MAPS[-1].n_priors if heads['cl'] else 0
-    coco_labels = SSD300_VGG16_Weights.COCO_V1.meta['categories'][1:]
-    labels = {21: voc_labels, 91: [f'{label} {i}' if label == 'N/A' else label  # numbers without a class
-                                   for i, label in enumerate(coco_labels, 1)]}
+    coco_labels = [f'{label} {i}' if label == 'N/A' else label  # some numbers have no class
+                   for i, label in enumerate(SSD300_VGG16_Weights.COCO_V1.meta['categories'])]
+    labels = {21: voc_labels, 91: coco_labels[1:]}
     require(len(convs) == len(own_names) and n_classes in labels,
             f"these weights of {name} aren't those of its SSD300 with VOC's 21 or COCO's 91 classes: choose others")
 
     weights = dict(zip(own_names, convs))
     weights['rescale_factors'] = state_dict[peer.rescale_factors].view(1, 512, 1, 1)
-    for kind in heads:
-        parts = [(feature_map, part) for feature_map in FEATURE_MAPS for part in ('weight', 'bias')]
-        for (feature_map, part), tensor in zip(parts, heads[kind]):
-            # At each position, their priors come in the order 1, extra, 2, 1/2, 3, 1/3.
-            order = [0, 1, 2, 4, 3, 5] if feature_map.n_priors == 6 else [0, 1, 2, 3]  # our i-th is their order[i]-th
-            channels = tensor.unflatten(0, (len(order), -1))[order].flatten(0, 1)
-            weights[f'pred_convs.{kind}_{feature_map.name}.{part}'] = channels
+    places = [(feature_map, part) for feature_map in FEATURE_MAPS for part in ('weight', 'bias')]
+    for kind, head_tensors in heads.items():
+        for (feature_map, part), tensor in zip(places, head_tensors):
+            # At each position, their priors come in the order 1, extra, 2, 1/2, 3, 1/3; our i-th is their order[i]-th.
+            order = [0, 1, 2, 4, 3, 5] if feature_map.n_priors == 6 else [0, 1, 2, 3]
+            tensor = tensor.unflatten(0, (len(order), -1))[order].flatten(0, 1)
+            weights[f'pred_convs.{kind}_{feature_map.name}.{part}'] = tensor
     return {'epoch': 0, 'model': weights, 'label_map': make_label_map(labels[n_classes]), 'settings': {},
             'priors_cxcy': caffe_priors(peer.scales, peer.clip_centers), 'clip_boxes': peer.clip_boxes,
             'image_mean': list(peer.image_mean), 'image_std': list(peer.image_std)}
 
 
 def caffe_priors(scales, clip_centers):
-    """Return the priors of those who follow the authors' Caffe code, in our order, center-size (8732, 4). Their
-    scales differ from ours, and their centers are whole pixels apart. On conv8_2's map, 19 centers are 4 pixels
-    outside the image: some implementations move them inside, torchvision doesn't."""
+    """Return the priors of those who follow the authors' Caffe code, center-size (8732, 4). Their centers are whole
+    pixels apart. On conv8_2's map, 19 are 4 pixels outside the image; some implementations move them inside."""
     priors = []
     for i, (step, feature_map) in enumerate(zip((8, 16, 32, 64, 100, 300), FEATURE_MAPS)):
         ratios = (1, 2, 3, 1 / 2, 1 / 3) if feature_map.n_priors == 6 else (1, 2, 1 / 2)
-        sizes = prior_sizes(scales[i], sqrt(scales[i] * scales[i + 1]), ratios)
-        centers = [(place + 0.5) * step / IMAGE_SIZE for place in range(feature_map.grid)]
-        priors += [(c_x, c_y, w, h) for c_y in centers for c_x in centers for w, h in sizes]
+        extra = sqrt(scales[i] * scales[i + 1])
+        priors += lay_out_priors(feature_map.grid, IMAGE_SIZE / step, scales[i], extra, ratios)
     priors = torch.tensor(priors)  # (8732, 4)
     priors[:, 2:].clamp_(max=1)
     if clip_centers:

@@ -645,6 +645,15 @@ def save_checkpoint(path, epoch, model, optimizer, label_map, settings):
                     'clip_boxes': model.clip_boxes}, file)
 
 
+def download_weights(source, instead) -> dict:
+    """Return the state dict of torchvision's weights `source`, downloaded once. Raises InputError if that fails."""
+    try:
+        return source.get_state_dict(progress=True, check_hash=True, map_location='cpu', weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{source.url} can't be downloaded ({error}): {instead}, or put that file into "
+                         f'{torch.hub.get_dir()}/checkpoints') from None
+
+
 def read_checkpoint_file(path):
     """The content of a file that torch.save wrote, ours or another's, with its tensors on the CPU. No code
     from the file is run. Raises InputError if the file is missing, damaged or something else."""
@@ -769,6 +778,16 @@ def computes_in_bfloat16(device) -> bool:
 def several_processes() -> bool:
     """Whether this is one of several processes that train or evaluate together."""
     return distributed.is_available() and distributed.is_initialized()
+
+
+def mean_over_processes(count):
+    """Average a number of positives over the training processes, each of which has a part of the batch. Their sum
+    counts as at least 1: without positives, the loss must not be divided by 0."""
+    if not several_processes():
+        return count.clamp(min=1)
+    distributed.all_reduce(count)  # adds up the counts of all processes
+    # The mean, since DistributedDataParallel averages the gradients, too.
+    return count.clamp(min=1) / distributed.get_world_size()
 
 
 def join_processes() -> tuple[int, int, torch.device]:
