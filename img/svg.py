@@ -1,6 +1,7 @@
 """A small canvas for SVG, with the looks that all figures share. Whatever is drawn later lies on top."""
 
 import base64
+import functools
 import io
 import math
 from html import escape
@@ -8,40 +9,51 @@ from pathlib import Path
 
 from PIL import Image
 
-# A phone shows a figure half as large as it is: the letters must be large, too.
-WIDTH, FONT_SIZE, TITLE_SIZE, LINE_HEIGHT = 720, 18, 21, 25
+# A phone shows a figure at two thirds of its size: the letters must be large.
+WIDTH, FONT_SIZE, TITLE_SIZE, LINE_HEIGHT = 600, 18, 21, 25
 STROKE, HAIRLINE = 2, 1  # of lines, and of the grids behind them
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', Helvetica, Arial, sans-serif"
+LARGEST_PHOTO = 500  # photographs are embedded with at most so many pixels a side
 
 # Colors that stay apart for color-blind eyes, too. Each has one meaning in all figures.
-BLUE = '#0b66a8'  # localization
-AMBER = '#e69f00'  # classes
+BLUE = '#0b66a8'  # what a network says of boxes
+AMBER = '#e69f00'  # what a network says of classes
 RED = '#c8440c'  # priors
-GREEN = '#047857'  # positive
-GRAY = '#6b7280'  # negative
-PURPLE = '#8a3d8f'  # objects
+GREEN = '#047857'  # positive, true
+GRAY = '#6b7280'  # negative, false
+PURPLE = '#8a3d8f'  # objects, as people marked them
 INK, PAPER, EDGE, WHITE = '#1f2328', '#f6f8fa', '#d0d7de', '#ffffff'
 
 
 def tint(color, strength=0.25):
-    """A color mixed with white: 1 leaves it as it is, 0 is white."""
+    """Return a color mixed with white: 1 leaves it as it is, 0 is white."""
     channels = (int(color[i:i + 2], 16) for i in (1, 3, 5))
     return '#' + ''.join(f'{round(255 - strength * (255 - channel)):02x}' for channel in channels)
 
 
-def ink_on(color):
-    """Black or white, whichever is easier to read on a color."""
-    return INK if color in (AMBER, WHITE, PAPER) else WHITE
-
-
 def number(value):
-    """Numbers with one digit after the point at most, so that every computer writes the same file."""
+    """Return a number with one digit after the point at most, so that every computer writes the same file."""
     return f'{round(value, 1) + 0:g}'  # + 0 makes -0.0 to 0
 
 
+@functools.cache
+def photo(path):
+    """Return the size and the JPEG, as base64, of a photograph that may have been made smaller."""
+    with Image.open(path) as image:
+        image.thumbnail((LARGEST_PHOTO, LARGEST_PHOTO))
+        return image.size, jpeg(image)
+
+
+def jpeg(image):
+    file = io.BytesIO()
+    image.save(file, 'JPEG', quality=80)
+    return base64.b64encode(file.getvalue()).decode()
+
+
 class Canvas:
-    def __init__(self, height=0, width=WIDTH):
-        self.width, self.height = width, height  # the height may still be changed while drawing
+    def __init__(self, height=0, width=WIDTH, shown_width=None):
+        """`shown_width` enlarges the figure: it's as many pixels wide on a page that has the room."""
+        self.width, self.height, self.shown_width = width, height, shown_width or width
         self.elements, self.pictures = [], {}
 
     # ------------------------------------------------------------------------------------------- file
@@ -51,9 +63,10 @@ class Canvas:
         self.rect(1, 1, self.width - 2, self.height - 2, PAPER, EDGE, corner=8)
         self.elements.insert(0, self.elements.pop())
         defs = ''.join(f'<image id="{name}" width="{w}" height="{h}" href="data:image/jpeg;base64,{data}"/>\n'
-                       for name, (w, h, data) in self.pictures.items())
-        width, height = number(self.width), number(self.height)
-        size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+                       for name, ((w, h), data) in self.pictures.items())
+        shown = self.shown_width, self.height * self.shown_width / self.width
+        size = (f'width="{number(shown[0])}" height="{number(shown[1])}" '
+                f'viewBox="0 0 {number(self.width)} {number(self.height)}"')
         lines = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="{FONT}" font-size="{FONT_SIZE}">',
                  *([f'<defs>\n{defs}</defs>'] if defs else []), *self.elements, '</svg>']
         Path(path).write_bytes('\n'.join([*lines, '']).encode())
@@ -92,6 +105,13 @@ class Canvas:
             self.path([(x, y), (back_x - 4.5 * dy, back_y + 4.5 * dx), (back_x + 4.5 * dy, back_y - 4.5 * dx)],
                       stroke=WHITE if halo else None, fill=color, closed=True, stroke_width=HAIRLINE)
 
+    def brace(self, x, y, height, color=INK):
+        """A brace } that gathers what lies at its left; its tip, in the middle, is 12 to the right of x."""
+        middle, end = y + height / 2, y + height
+        data = (f'M{number(x)} {number(y)} q6 0 6 8 V{number(middle - 7)} q0 7 6 7 q-6 0 -6 7 V{number(end - 8)} '
+                'q0 8 -6 8')
+        self.add('path', d=data, fill='none', stroke=color, stroke_width=STROKE)
+
     def dot(self, x, y, color=INK, radius=5):
         self.add('circle', cx=x, cy=y, r=radius, fill=color, stroke=WHITE, stroke_width=HAIRLINE)
 
@@ -125,7 +145,8 @@ class Canvas:
         """A text on a ground of its color, for labels on pictures; (x, y) is its upper left corner."""
         width = chip_width(text)
         self.rect(x, y, width, CHIP_HEIGHT, color, corner=3)
-        self.text(x + width / 2, y + CHIP_HEIGHT - 7, text, ink_on(color), 'middle', bold=True)
+        self.text(x + width / 2, y + CHIP_HEIGHT - 7, text, INK if color in (AMBER, WHITE) else WHITE, 'middle',
+                  bold=True)
 
     def table(self, x, y, widths, rows, fills=None, row_height=33):
         """Rows of texts, the first one being the heading. `fills` gives cells (row, column) a color."""
@@ -140,24 +161,19 @@ class Canvas:
     # --------------------------------------------------------------------------------------- pictures
 
     def picture(self, source, x, y, width, height=None, region=(0, 0, 1, 1)):
-        """A JPEG, its file's bytes as they are, or a PIL image; used several times, it is stored once. Only a region
-        of it, in fractional boundary coordinates, and squeezed, if a height is given that isn't its own. Returns the
-        height."""
+        """A photograph's path or a PIL image; used several times, it's stored once. Only a region of it, in fractional
+        boundary coordinates, and squeezed, if a height is given that isn't its own. Return the height."""
         if isinstance(source, Image.Image):
-            size, file = source.size, io.BytesIO()
-            source.save(file, 'JPEG', quality=80)
-            name, data = f'picture{len(self.pictures)}', file.getvalue()
+            name, size, data = f'picture{len(self.pictures)}', source.size, jpeg(source)
         else:
-            name, data = Path(source).stem, Path(source).read_bytes()
-            with Image.open(source) as image:
-                size = image.size
-        self.pictures.setdefault(name, (*size, base64.b64encode(data).decode()))
-        left, top, right, bottom = (round(value * size[i % 2]) for i, value in enumerate(region))
+            name, (size, data) = Path(source).stem, photo(source)
+        self.pictures.setdefault(name, (size, data))
+        left, top, right, bottom = (value * size[i % 2] for i, value in enumerate(region))
         height = height or width * (bottom - top) / (right - left)
         frame = ' '.join(f'{key}="{number(value)}"' for key, value in
                          (('x', x), ('y', y), ('width', width), ('height', height)))
-        self.elements.append(f'<svg {frame} viewBox="{left} {top} {right - left} {bottom - top}" '
-                             f'preserveAspectRatio="none"><use href="#{name}"/></svg>')
+        box = ' '.join(map(number, (left, top, right - left, bottom - top)))
+        self.elements.append(f'<svg {frame} viewBox="{box}" preserveAspectRatio="none"><use href="#{name}"/></svg>')
         return height
 
 
@@ -165,7 +181,7 @@ CHIP_HEIGHT = 26
 
 
 def chip_width(text):
-    return max(0.6 * FONT_SIZE * len(text) + 8, CHIP_HEIGHT)  # for a wide font
+    return max(0.58 * FONT_SIZE * len(text) + 10, CHIP_HEIGHT)  # for a wide font
 
 
 class Axes:
@@ -201,3 +217,9 @@ class Axes:
         self.canvas.path([(self.x, self.y), (self.x, bottom), (self.x + self.width, bottom)])
         self.canvas.text(self.x + self.width / 2, bottom + 52, x_label, anchor='middle', bold=True)
         self.canvas.text(self.x, self.y - 12, y_label, bold=True)
+
+    def curve(self, points, color, dots=True):
+        places = [self.at(*point) for point in points]
+        self.canvas.path(places, color)
+        for place in places if dots else ():
+            self.canvas.dot(*place, color, radius=4)
