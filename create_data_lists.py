@@ -3,11 +3,15 @@
     python create_data_lists.py                  # the embedded sample: sixteen pictures of emoji
     python create_data_lists.py --download       # fetches PASCAL VOC 2007 and 2012 (2.8 GB) and uses that
     python create_data_lists.py --voc07_path /data/VOCdevkit/VOC2007 --voc12_path /data/VOCdevkit/VOC2012
-    python create_data_lists.py --voc07_path /data/fruit --voc12_path None --labels apple pear plum
+    python create_data_lists.py --voc07_path /data/fruit --labels apple pear plum
 
 Writes TRAIN_images.json, TRAIN_objects.json, TEST_images.json, TEST_objects.json and label_map.json to
-output_folder. Training data are trainval of 2007 and 2012, test data are test of 2007. Both archives of 2007
-must be extracted to the same place. At the end it tells which training objects SSD300's priors can find.
+output_folder. Of VOC, training data are trainval of 2007 and 2012, test data are test of 2007; both archives of
+2007 must be extracted to the same place. Of your own data in VOC's format, they are those in the same lists or, without
+lists, those in folders train and test (or val); without these, every fifth picture is for testing.
+
+Decodes each picture once, to see whether it is broken. At the end it reports which training objects SSD300's
+priors can find.
 """
 
 import math
@@ -27,6 +31,7 @@ voc07_path: str = 'img/emoji_voc/VOC2007'  # folder with Annotations, ImageSets 
 voc12_path: list[str] | None = ['img/emoji_voc/VOC2012']  # more such folders, for training only; None: no more
 labels: list[str] = list(voc_labels)  # names of the classes, as the annotations have them; VOC's twenty
 skip_empty: bool = False  # leave out training pictures that have no object of these labels
+keep_unannotated: bool = False  # take pictures without an annotation file as pictures without objects
 output_folder: str = 'data'  # where the lists go
 download: bool = False  # fetch VOC from its makers instead, and use it in place of the paths
 download_folder: str = 'voc'  # where a download goes: 2.8 GB of archives, and as much again when extracted
@@ -83,11 +88,13 @@ def best_prior_overlaps(boxes, priors_cxcy):
 
 def print_coverage(rows):
     """Prints what `coverage` returns as a table, and advice for classes that the priors hardly find."""
-    print(f'\n{"training objects":<20}{"number":>8}{"prior ≥ 0.5":>13}{"median best":>13}{"too small":>11}')
+    width = max(20, *(len(label) + 2 for label in rows))
+    print(f'\n{"training objects":<{width}}{"number":>8}{"prior ≥ 0.5":>13}{"median best":>13}{"too small":>11}')
     for label, (number, found, median, smaller) in rows.items():
-        print(f'{label:<20}{number:>8,}{found:>13.1%}{median:>13.2f}{smaller:>11.1%}')
+        print(f'{label:<{width}}{number:>8,}{found:>13.1%}{median:>13.2f}{smaller:>11.1%}')
     print("prior ≥ 0.5: the share of objects that some prior overlaps by at least 0.5; median best: of the objects'\n"
-          'largest overlaps; too small: the share of objects with less area than the smallest prior')
+          'largest overlaps; too small: the share of objects with less area than the smallest prior. With the priors of\n'
+          'model.py, as in training from ImageNet\'s weights: a checkpoint brings its own')
     poor = [label for label, (_, found, _, _) in rows.items() if found < 0.8 and label != 'all']
     if poor:
         print(f'Fewer than 80 % find a prior: {", ".join(poor)}. If they are small, cut the pictures into parts or\n'
@@ -95,8 +102,12 @@ def print_coverage(rows):
 
 
 def main():
-    paths = download_voc(download_folder) if download else (voc07_path, voc12_path)
-    objects = create_data_lists(*paths, output_folder, labels, skip_empty)
+    paths = voc07_path, voc12_path
+    if download:
+        paths = download_voc(download_folder)
+    elif Path(voc07_path) != Path('img/emoji_voc/VOC2007') and voc12_path == ['img/emoji_voc/VOC2012']:
+        paths = voc07_path, None  # the sample's emoji are for the sample alone
+    objects = create_data_lists(*paths, output_folder, labels, skip_empty, keep_unannotated)
     print_coverage(coverage(*objects, labels, SSD300.create_prior_boxes()))
 
 

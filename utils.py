@@ -15,6 +15,7 @@ A "picture" is a photograph: a file, or a PIL image. An "image" is the normalize
 """
 
 import argparse
+import codecs
 import colorsys
 import inspect
 import json
@@ -28,9 +29,10 @@ import sys
 import typing
 import warnings
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -154,52 +156,80 @@ def decimate(tensor, m):
 # -------------------------------------------------------------------------------------------- data lists
 
 OBJECT_TAGS = ('name', 'bndbox/xmin', 'bndbox/ymin', 'bndbox/xmax', 'bndbox/ymax')
+PICTURE_SUFFIXES = ('.avif', '.bmp', '.gif', '.jfif', '.jp2', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff',
+                    '.webp')
+SPLIT_FOLDERS = ('train', 'test', 'valid', 'val')
 
 
-def parse_annotation(annotation_path, label_map=label_map, unknown_labels=None, size=None) -> dict[str, list]:
-    """The objects in an annotation file of VOC's format.
+class Findings:
+    """What reading annotations brings to light besides objects, to be reported in a few lines."""
 
-    :param unknown_labels: a Counter, which counts labels outside the label map; their objects are left out
+    def __init__(self):
+        self.labels = Counter()  # {label: number of objects}, of all labels, wanted or not
+        self.notes = defaultdict(list)  # {what is odd: where}
+        self.faults = []  # what keeps the data lists from being made
+
+
+def some(cases) -> str:
+    """Return the first three of some texts."""
+    return ', '.join(map(str, cases[:3])) + (', …' if len(cases) > 3 else '')
+
+
+def parse_annotation(annotation_path, label_map=label_map, size=None, findings=None) -> dict[str, list]:
+    """Return the objects in an annotation file of VOC's format.
+
     :param size: width and height of the picture, at whose edges boxes are cut; None: they stay as they are
+    :param findings: Findings that note all labels, boxes without area and a <size> that isn't the picture's
     :return: {'boxes': [[x_min, y_min, x_max, y_max], …] in pixels counted from 0, 'labels': [class index,
         …], 'difficulties': [0 or 1, …]}
 
-    Boxes without area are left out with a warning. Raises InputError if the file is missing or no such
-    annotation.
+    Objects of other labels and boxes without area are left out. Raises InputError if the file is missing or no
+    such annotation.
     """
+    findings = findings or Findings()
     index_of = {label.lower(): index for label, index in label_map.items() if index > 0}
     objects = {'boxes': [], 'labels': [], 'difficulties': []}
     try:
-        root = ElementTree.parse(annotation_path).getroot()
+        data = Path(annotation_path).read_bytes()
+        # Decoded here where an encoding is declared: the parser doesn't know the Chinese, Japanese and Korean ones.
+        encoding = re.match(rb'<\?xml[^>]*encoding=["\']([\w.-]+)', data)
+        root = ElementTree.fromstring(data.decode(encoding[1].decode()) if encoding else data)
         if root.tag != 'annotation':
             raise ValueError(f'its root is <{root.tag}>, not <annotation>')
+        noted = [float(root.findtext(tag) or 0) for tag in ('size/width', 'size/height')]
+        fits = not size or 0 in noted or all(abs(noted[i] - size[i]) <= 0.02 * size[i] for i in (0, 1))
+        if not fits:
+            findings.notes["annotations have a <size> that isn't their picture's, so boxes may be wrong (was the "
+                           'picture turned by EXIF, shrunk or exchanged?)'].append(
+                f"'{annotation_path}' ({noted[0]:g}×{noted[1]:g}, not {size[0]}×{size[1]})")
         for element in root.findall('object'):
-            label, *sides = texts = [element.findtext(tag, default='').strip() for tag in OBJECT_TAGS]
+            texts = [element.findtext(tag, default='').strip() for tag in OBJECT_TAGS]
             if '' in texts:
                 raise ValueError(f'an object without {OBJECT_TAGS[texts.index("")]}')
+            label, sides = texts[0], texts[1:]
             x_min, y_min, x_max, y_max = (float(side) - 1 for side in sides)  # VOC counts pixels from 1
             if size:
                 x_min, y_min = max(x_min, 0), max(y_min, 0)
                 x_max, y_max = min(x_max, size[0] - 1), min(y_max, size[1] - 1)
+            findings.labels[label] += 1
             if label.lower() not in index_of:
-                if unknown_labels is not None:
-                    unknown_labels[label] += 1
-            elif x_max - x_min >= 0.01 and y_max - y_min >= 0.01:  # less could become 0 in float32
+                continue
+            if x_max - x_min >= 0.01 and y_max - y_min >= 0.01:  # less could become 0 in float32
                 objects['boxes'].append([x_min, y_min, x_max, y_max])
                 objects['labels'].append(index_of[label.lower()])
                 objects['difficulties'].append(int(element.findtext('difficult', '0').strip() == '1'))
-            else:
-                warnings.warn(f"'{annotation_path}': left out a {label} whose box has no area in the picture "
-                              f'(xmin, ymin, xmax, ymax: {", ".join(sides)})')
-    except (OSError, ElementTree.ParseError, ValueError) as error:
-        raise InputError(f"annotation '{annotation_path}' can't be read ({error}): repair it, or take its name "
-                         'out of the list in ImageSets/Main') from None
+            elif fits:
+                findings.notes['boxes have no area in their picture and are left out'].append(
+                    f"'{annotation_path}' {label} ({', '.join(sides)})")
+    except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
+        raise InputError(f"annotation '{annotation_path}' can't be read ({error}): repair it, and save it as UTF-8"
+                         ) from None
     return objects
 
 
 @contextmanager
 def opened_picture(path):
-    """The picture in a file, as Pillow opens it. Raises InputError, naming the file, if it can't be read."""
+    """Open the picture in a file with Pillow. Raises InputError, naming the file, if it can't be read."""
     try:
         with Image.open(path) as image:
             yield image
@@ -210,85 +240,184 @@ def opened_picture(path):
         raise InputError(f"picture '{path}' can't be read ({error}): replace it, or leave it out") from None
 
 
+def upright_rgb(image) -> Image.Image:
+    """Return a copy of a PIL image, upright and in mode RGB."""
+    require(isinstance(image, Image.Image),
+            f"a picture must be a PIL image, not {type(image).__name__}: make one by Image.fromarray(frame) of an RGB "
+            "array, by Image.fromarray(frame[..., ::-1]) of OpenCV's BGR frames")
+    image = ImageOps.exif_transpose(image)  # phones only note in EXIF data how to turn a photo
+    if image.mode[0] in 'IF':  # more than 8 bits a pixel, which Pillow would cut off at 255
+        image = image.convert('I' if image.mode[0] == 'I' else 'F')  # also I;16
+        highest = int(image.getextrema()[1])
+        n_bits = next((bits for bits in (8, 12, 16) if highest < 2 ** bits), 32)  # cameras often use 12 of 16 bits
+        scale = 255 if highest == 1 else 2 ** (8 - n_bits)  # 1: fractions
+        image = image.convert('F').point(lambda value: value * scale).convert('L')
+    return image.convert('RGB')
+
+
 def read_image(path) -> Image.Image:
-    """The picture in a file, upright and in mode RGB. Raises InputError if it can't be read."""
+    """Return the picture in a file, upright and in mode RGB. Raises InputError if it can't be read."""
     with opened_picture(path) as image:
-        ImageOps.exif_transpose(image, in_place=True)  # phones only note in EXIF data how to turn a photo
-        if image.mode.startswith('I'):  # 16 bits a pixel, which Pillow itself would clip instead of scale
-            image = image.convert('I').point(lambda value: value / 256).convert('L')
-        return image.convert('RGB')
+        return upright_rgb(image)
 
 
-def picture_size(path) -> tuple[int, int]:
-    """Width and height of the picture that `read_image` would give, from the file's header alone."""
+def picture_size(path, decode=False) -> tuple[int, int]:
+    """Return width and height of the picture that `read_image` would give, from the file's header alone; with
+    `decode`, also read the rest, to see whether it is broken."""
     with opened_picture(path) as image:
-        on_its_side = image.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF's orientation
-        return image.size[::-1] if on_its_side else image.size
+        width, height = image.size
+        if decode:
+            image.draft('L', (1, 1))  # of JPEG, all is read but only every eighth pixel computed
+            image.load()
+        # Not image.getexif(): it would decode PNG, since EXIF data may also stand behind the pixels.
+        on_its_side = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)  # EXIF's orientation
+        return (height, width) if on_its_side else (width, height)
 
 
-def read_split(voc_path, split, label_map, unknown_labels) -> list[tuple[str, tuple[int, int], dict]]:
-    """(absolute path, (width, height), objects) of each picture in one split, 'trainval' or 'test', of a
-    folder in VOC's layout. Raises InputError if anything of it is missing or broken."""
-    voc_path = Path(voc_path).resolve()
-    require(voc_path.is_dir(),
-            f"VOC folder '{voc_path}' isn't there: set the path to where VOC lies, or set download")
-    list_path = voc_path / 'ImageSets' / 'Main' / f'{split}.txt'
+def find_files(folder, suffixes) -> dict[str, list[str]]:
+    """Return {name: paths} of all files below a folder that end like that. A name is a path in the folder without
+    suffix, with slashes."""
+    files = defaultdict(list)
+    for parent, _, file_names in sorted(os.walk(folder)):
+        start = Path(parent).relative_to(folder).as_posix().removeprefix('.')
+        for stem, suffix in map(os.path.splitext, sorted(file_names)):
+            if suffix.lower() in suffixes and not stem.startswith('.'):  # the Mac's ._a.jpg is no picture
+                files[f'{start}/{stem}'.removeprefix('/')].append(os.path.join(parent, stem + suffix))
+    return files
+
+
+def read_names(list_path, pictures) -> list[str]:
+    """Return the names in one of VOC's lists, one a line. A line may also have a suffix and a flag: 'a.jpg 1'."""
     try:
-        # utf-8-sig: Windows' editors put an invisible mark before the first name.
-        lines = list_path.read_text(encoding='utf-8-sig').splitlines()
+        data = list_path.read_bytes()
+        # Windows' PowerShell writes UTF-16, and Windows' editors put a byte order mark before UTF-8.
+        text = data.decode('utf-16' if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else 'utf-8-sig')
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"'{list_path}', the list of pictures, can't be read ({error}): is '{voc_path}' a whole "
-                         "folder in VOC's layout, with 2007 test extracted over 2007 trainval?") from None
-    names = [line.strip() for line in lines if line.strip()]
-    require(names, f"'{list_path}' names no picture: write a picture's name without .jpg on each line")
+        hint = 'save it as UTF-8'
+        if not list_path.exists():
+            hint = ("write the pictures' names into it, one a line, or remove the other list, too"
+                    if 'VOC2007' not in list_path.parts else 'extract VOC 2007 test over 2007 trainval')
+        raise InputError(f"the list '{list_path}' can't be read ({error}): {hint}") from None
+    names = []
+    for line in filter(None, map(str.strip, text.replace('\\', '/').splitlines())):
+        forms = [line, re.sub(r'\s+-?[01]$', '', line)]
+        forms += [re.sub(r'\.\w+$', '', form) for form in forms]
+        names.append(next((form for form in forms if form in pictures), line))
+    require(names, f"the list '{list_path}' names no picture: write a picture's name on each line")
+    return names
 
-    pictures = []
-    for name in tqdm(names, desc=f'{voc_path.name} {split}', unit=' pictures'):
-        path, annotation_path = voc_path / 'JPEGImages' / f'{name}.jpg', voc_path / 'Annotations' / f'{name}.xml'
-        size = picture_size(path)
-        pictures.append((str(path), size, parse_annotation(annotation_path, label_map, unknown_labels, size)))
-    return pictures
+
+def split_names(voc_path, pictures, annotations, with_test=True) -> list[list[str]]:
+    """Return the names of a folder's pictures for training and, with_test, for testing: those in its lists; without
+    lists, those below train/ and below test/, valid/ or val/; without these folders, every fifth is for testing."""
+    lists = [voc_path / 'ImageSets' / 'Main' / f'{split}.txt' for split in ('trainval', 'test')]
+    if any(path.exists() for path in lists):
+        return [read_names(path, pictures) for path in (lists if with_test else lists[:1])]
+    below = defaultdict(list)  # {folder of a split, or None: names}
+    for name in pictures:
+        below[next((part for part in name.lower().split('/')[:-1] if part in SPLIT_FOLDERS), None)].append(name)
+    test = next((folder for folder in SPLIT_FOLDERS[1:] if folder in below), None)
+    if 'train' in below and test:
+        n_others = len(pictures) - len(below['train']) - len(below[test])
+        print(f"'{voc_path}' has no lists: train/ is for training, {test}/ for testing, and {n_others:,} others are "
+              'left out')
+        return [below['train'], below[test]] if with_test else [below['train']]
+    if not with_test:
+        return [list(pictures)]
+    print(f"'{voc_path}' has no lists (ImageSets/Main/trainval.txt and test.txt): every fifth picture is for testing. "
+          'Write lists if pictures belong together: the frames of a film must be in one split')
+    for_testing = [name for name in pictures if name in annotations][::5]
+    return [sorted(pictures.keys() - set(for_testing)), for_testing]
 
 
-def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, skip_empty=False):
-    """Reads VOC's annotations and writes five JSON files for PascalVOCDataset.
+def read_folder(voc_path, label_map, findings, keep_unannotated=False, with_test=True) -> list[list[tuple]]:
+    """Return a folder's pictures for training and, with_test, for testing, each as (absolute path, (width, height),
+    objects). What is odd or wrong is added to the findings."""
+    voc_path = Path(voc_path).resolve()
+    require(voc_path.is_dir(), f"the folder '{voc_path}' isn't there: set the path to where VOC is, or set download")
+    folders = [voc_path / 'JPEGImages', voc_path / 'Annotations']
+    if not all(folder.is_dir() for folder in folders):
+        folders = [voc_path, voc_path]  # then each XML file is beside its picture
+    pictures, annotations = find_files(folders[0], PICTURE_SUFFIXES), find_files(folders[1], ('.xml',))
+    require(pictures.keys() & annotations.keys(),
+            f"'{voc_path}' has {len(pictures):,} pictures and {len(annotations):,} XML files, but none with a picture's "
+            'name: export your annotations as Pascal VOC, and name the folders JPEGImages and Annotations')
+    splits, usable = split_names(voc_path, pictures, annotations, with_test), {}
+    for name in tqdm(dict.fromkeys(chain(*splits)), desc=voc_path.name, unit=' pictures'):
+        path, *others = pictures.get(name, [str(folders[0] / name)])
+        if name in pictures and name not in annotations and not keep_unannotated:
+            findings.notes['pictures have no XML file and are left out (--keep_unannotated takes them as pictures '
+                           'without objects)'].append(f"'{path}'")
+            continue
+        try:
+            require(not others, f"pictures '{path}' and '{some(others)}' have one name: rename one")
+            size = picture_size(path, decode=True)
+            objects = {'boxes': [], 'labels': [], 'difficulties': []}
+            if name in annotations:
+                objects = parse_annotation(annotations[name][0], label_map, size, findings)
+            usable[name] = path, size, objects
+        except InputError as error:
+            findings.faults.append(str(error).rpartition(': ')[0])  # without its advice
+    orphans = [f"'{paths[0]}'" for name, paths in annotations.items() if name not in pictures]
+    if orphans:
+        findings.notes['XML files have no picture of their name'] += orphans
+    return [[usable[name] for name in names if name in usable] for names in splits]
+
+
+def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, skip_empty=False,
+                      keep_unannotated=False):
+    """Read annotations in VOC's format and write five JSON files for PascalVOCDataset.
 
     TRAIN_images.json and TEST_images.json list the pictures' absolute paths. TRAIN_objects.json and
     TEST_objects.json list, in the same order, their objects as `parse_annotation` returns them.
     label_map.json is the label map.
 
-    :param voc07_path: folder in VOC's layout; its split trainval is for training, its split test for testing
-    :param voc12_path: another folder, or a list of them, whose trainval is for training as well; or None
+    :param voc07_path: folder with pictures for training and for testing; see `split_names`
+    :param voc12_path: another folder, or a list of them, whose training pictures are taken as well; or None
     :param labels: names of the classes, VOC's or others
     :param skip_empty: leave out training pictures without an object of these classes
+    :param keep_unannotated: take pictures without an XML file as pictures without objects
     :return: the training objects: boxes in fractional boundary coordinates (n, 4), labels (n)
 
-    Raises InputError, before anything is written, if a folder, file or picture is missing or broken.
+    Raises InputError, before anything is written, if folders, files or pictures are missing or broken.
     """
-    labels, unknown_labels = [label.strip() for label in labels], Counter()
+    labels, findings = [label.strip() for label in labels], Findings()
     require(labels and all(labels) and len({'background', *map(str.lower, labels)}) == len(labels) + 1,
             f"labels must be names that differ, none of them 'background', not {', '.join(labels) or 'none at all'}")
     label_map = make_label_map(labels)
-    more_paths = [voc12_path] if isinstance(voc12_path, (str, Path)) else voc12_path or []
-    train = [picture for path in (voc07_path, *more_paths)
-             for picture in read_split(path, 'trainval', label_map, unknown_labels)]
-    test = read_split(voc07_path, 'test', label_map, unknown_labels)
-    n_empty = sum(not objects['boxes'] for _, _, objects in train)
+    train, test = read_folder(voc07_path, label_map, findings, keep_unannotated)
+    for path in [voc12_path] if isinstance(voc12_path, (str, Path)) else voc12_path or []:
+        train += read_folder(path, label_map, findings, keep_unannotated, with_test=False)[0]
+
+    in_both = sorted({f"'{path}'" for path, *_ in train} & {f"'{path}'" for path, *_ in test})
+    if in_both:
+        findings.notes['test pictures are training pictures, too: the mAP will be too high'] = in_both
+    for remark, cases in findings.notes.items():
+        warnings.warn(f'{len(cases):,} {remark}: {some(cases)}')
+    n_faults = len(findings.faults)
+    require(not n_faults, f"of {len(train) + len(test) + n_faults:,} pictures {n_faults:,} can't be used: "
+                          f'{some(findings.faults)}: repair (texts as UTF-8) or replace them, or leave them out')
+    require(train and test, f'no picture for {"testing" if train else "training"} has an XML file: annotate more')
+    others = ', '.join(f'{label} ({count:,})' for label, count in findings.labels.most_common()
+                       if label.lower() not in map(str.lower, labels)) or 'none'
+    n_empty = sum(not objects['boxes'] for *_, objects in train)
+    require(n_empty < len(train), f'no training picture has an object of {", ".join(labels)}: set labels to those that '
+                                  f'the annotations have (others there: {others})')
     if skip_empty:
         train = [picture for picture in train if picture[2]['boxes']]
-        require(train, f"no training picture has an object of {', '.join(labels)}: name other labels")
 
     write_data_lists(output_folder, label_map, TRAIN=train, TEST=test)
     if n_empty:
-        print(f'{n_empty:,} training pictures have no object of these labels: '
-              + ('left out' if skip_empty else '--skip_empty leaves them out'))
-    for label, count in unknown_labels.most_common():
-        print(f"Left out of the label '{label}', which is none of these labels: {count:,}")
+        print(f'{n_empty:,} training pictures have no object of these labels: ' + (
+            'left out' if skip_empty else "they teach nothing without train.py's min_negatives, and --skip_empty leaves "
+                                          'them out'))
+    if others != 'none':
+        print(f'Left out the objects of other labels: {others}')
 
     boxes = [[x_min / width, y_min / height, x_max / width, y_max / height] for _, (width, height), objects in train
              for x_min, y_min, x_max, y_max in objects['boxes']]
-    indices = [index for _, _, objects in train for index in objects['labels']]
-    return torch.tensor(boxes).view(-1, 4), torch.tensor(indices, dtype=torch.long)
+    indices = [index for *_, objects in train for index in objects['labels']]
+    return torch.tensor(boxes), torch.tensor(indices)  # (n, 4), (n)
 
 
 def write_data_lists(output_folder, label_map, **pictures):
@@ -755,16 +884,41 @@ def current_settings(script) -> dict:
 
 
 def check_precision(precision):
-    """Raises InputError unless `autocast` knows the precision."""
-    require(precision in ('float32', 'bfloat16', 'auto'),
-            f"precision must be one of float32, bfloat16, auto, not '{precision}'")
+    """Raises InputError unless `choose_dtype` knows the precision."""
+    require(precision in ('auto', 'bfloat16', 'float16', 'float32'),
+            f"precision must be one of auto, bfloat16, float16, float32, not '{precision}'")
 
 
-def autocast(device, precision):
-    """The context in which a network runs: 'float32'; 'bfloat16' where that is safe (mixed precision); or
-    'auto', which is bfloat16 if the device computes in it."""
-    enabled = precision == 'bfloat16' or (precision == 'auto' and computes_in_bfloat16(device))
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+def choose_device(name) -> torch.device:
+    """Return the device of a name: 'auto' is CUDA if there is any, else the CPU."""
+    if name == 'auto':
+        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        torch.zeros(1, device=name).item()
+        return torch.device(name)
+    except Exception as error:
+        raise InputError(f"device '{name}' can't be used here ({str(error).splitlines()[0]}): choose 'auto', 'cpu' or "
+                         'another device of PyTorch') from None
+
+
+def choose_dtype(device, precision) -> torch.dtype:
+    """Return the type in which a device is to compute convolutions."""
+    check_precision(precision)
+    if precision == 'auto':
+        precision = 'bfloat16' if computes_in_bfloat16(device) else 'float32'
+    return getattr(torch, precision)
+
+
+def autocast(device, dtype):
+    """Return the context in which a network computes in a type wherever that is safe (mixed precision)."""
+    dtype = choose_dtype(device, dtype) if isinstance(dtype, str) else dtype
+    return torch.autocast(device.type, dtype=torch.bfloat16 if dtype == torch.float32 else dtype,
+                          enabled=dtype != torch.float32)
+
+
+def place_network(model, device, dtype, training=False):
+    """Move a network to a device, in the memory format that is fastest there."""
+    model.to(device, memory_format=torch.channels_last)
 
 
 def computes_in_bfloat16(device) -> bool:
