@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 import utils
 from datasets import PascalVOCDataset
+from eval import detect_all, make_test_loader
 from utils import InputError, create_data_lists, read_image
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -61,24 +62,35 @@ def test_a_loader_gives_every_picture_once_also_from_workers(lists, workers):
     dataset = PascalVOCDataset(lists, 'TRAIN', keep_difficult=True, augment=False)
     batches = list(DataLoader(dataset, batch_size=3, num_workers=workers, collate_fn=dataset.collate_fn))
     assert [len(batch[0]) for batch in batches] == [3, 1]
-    assert [len(boxes) for boxes in batches[0][1]] == [2, 1, 0]  # lists of what differs in size
+    assert batches[0][4] == [2, 1, 0] and batches[0][1].shape == (3, 4)  # the number of objects, and all their boxes
     for i in range(4):
-        for column, tensor in zip(batches[i // 3], dataset[i]):
+        images, *objects, n_objects = batches[i // 3]
+        for column, tensor in zip((images, *(column.split(n_objects) for column in objects)), dataset[i]):
             assert column[i % 3].equal(tensor) and column[i % 3].dtype == tensor.dtype
 
 
-def test_keeping_the_objects_of_many_pictures_keeps_no_files_open(lists):
-    # As in evaluation: a tensor that a worker hands over as shared memory is an open file for as long as it lives.
+def test_a_hundred_batches_of_an_evaluation_need_few_open_files(lists, model, monkeypatch):
+    # A tensor that a worker hands over as shared memory is an open file for as long as it lives.
     resource = pytest.importorskip('resource')
     dataset = PascalVOCDataset(lists, 'TRAIN', keep_difficult=True, augment=False)
-    dataset.images, dataset.objects = dataset.images * 20, dataset.objects * 20
+    dataset.paths, dataset.objects = dataset.paths * 50, dataset.objects * 50
+    monkeypatch.setattr(model, 'forward', lambda images: (torch.zeros(2, 8732, 4), torch.zeros(2, 8732, 21)))
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(100, limits[0]), limits[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, limits[0]), limits[1]))
     try:
-        kept = [objects for _, *objects in DataLoader(dataset, num_workers=2, collate_fn=dataset.collate_fn)]
+        found = detect_all(make_test_loader(dataset, batch_size=2, workers=2), model)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert [len(boxes[0]) for boxes, _, _ in kept] == [2, 1, 0, 3] * 20
+    assert [len(boxes) for boxes in found[3]] == [2, 1, 0, 3] * 50
+
+
+def test_a_running_worker_sees_the_next_epoch(lists):
+    dataset = PascalVOCDataset(lists, 'TRAIN', seed=0)
+    loader = DataLoader(dataset, batch_size=4, num_workers=1, collate_fn=dataset.collate_fn, persistent_workers=True)
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        images, *_ = next(iter(loader))
+        assert images.equal(dataset.collate_fn([dataset[i] for i in range(4)])[0])
 
 
 # --------------------------------------------------------------------------------------------- bad lists
@@ -86,7 +98,7 @@ def test_keeping_the_objects_of_many_pictures_keeps_no_files_open(lists):
 @pytest.mark.parametrize(('content', 'advice'), [
     (None, r"TRAIN_images\.json' isn't there: run create_data_lists.py first"),
     ('[{"boxes"', r"TRAIN_images\.json' can't be read .* make it again"),
-    ('["a.jpg"]', 'has lists of 1 images but of 4 .* make them again')])
+    ('["a.jpg"]', 'lists 1 pictures but the objects of 4: make the lists again')])
 def test_a_data_list_that_is_missing_damaged_or_of_other_data_is_named_with_what_to_do(lists, content, advice):
     path = lists / 'TRAIN_images.json'
     path.unlink() if content is None else path.write_text(content)
@@ -101,7 +113,7 @@ def test_a_data_list_that_is_missing_damaged_or_of_other_data_is_named_with_what
 @pytest.mark.parametrize('complaint', ["isn't there", "can't be read"])
 def test_a_picture_that_is_missing_or_truncated_is_named(lists, complaint):
     dataset = PascalVOCDataset(lists, 'TRAIN')
-    path = Path(dataset.images[0])
+    path = Path(dataset.paths[0])
     content = path.read_bytes()
     path.unlink()
     if complaint == "can't be read":
@@ -115,10 +127,10 @@ def test_a_picture_that_is_missing_or_truncated_is_named(lists, complaint):
 @pytest.mark.parametrize('augment', [False, True])
 def test_a_picture_exchanged_for_a_smaller_one_is_named(lists, augment):
     dataset = PascalVOCDataset(lists, 'TRAIN', augment=augment)
-    Image.new('RGB', (48, 36)).save(dataset.images[0])  # the dog's center, (37.5, 30.5), is still inside
+    Image.new('RGB', (48, 36)).save(dataset.paths[0])  # the dog's center, (37.5, 30.5), is still inside
     dataset[0]
-    Image.new('RGB', (32, 24)).save(dataset.images[0])
-    with pytest.raises(InputError, match=f"'{dataset.images[0]}' has 32×24 pixels.*create_data_lists.py"):
+    Image.new('RGB', (32, 24)).save(dataset.paths[0])
+    with pytest.raises(InputError, match=f"'{dataset.paths[0]}' has 32×24 pixels.*create_data_lists.py"):
         dataset[0]
 
 

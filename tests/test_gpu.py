@@ -9,7 +9,7 @@ from conftest import run_script
 
 import train
 from model import MultiBoxLoss
-from utils import autocast, load_checkpoint
+from utils import autocast, choose_dtype, load_checkpoint, place_network
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
 
@@ -29,7 +29,9 @@ def images():
 
 @pytest.fixture(scope='module')
 def on_gpu(model):
-    return copy.deepcopy(model).cuda().to(memory_format=torch.channels_last)
+    on_gpu = copy.deepcopy(model)
+    place_network(on_gpu, torch.device('cuda'), torch.float32)
+    return on_gpu
 
 
 @pytest.fixture(autouse=True)
@@ -58,23 +60,30 @@ def test_network_loss_matching_and_detections_are_those_of_the_cpu(model, on_gpu
         torch.testing.assert_close(theirs.cpu(), ours, rtol=1e-4, atol=1e-5)
 
 
-def test_a_training_step_never_waits_for_the_gpu(on_gpu, images):
-    network = copy.deepcopy(on_gpu)
-    criterion, optimizer = MultiBoxLoss(network.priors_cxcy).cuda(), train.make_optimizer(network, None)
+@pytest.mark.parametrize('precision', ['float32', 'auto', 'float16'])
+def test_a_training_step_never_waits_for_the_gpu(on_gpu, images, precision, monkeypatch):
+    device, network = torch.device('cuda'), copy.deepcopy(on_gpu)
+    dtype = choose_dtype(device, precision)
+    scaler = torch.amp.GradScaler('cuda', enabled=dtype == torch.float16)
+    criterion, optimizer = MultiBoxLoss(network.priors_cxcy), train.make_optimizer(network)
     boxes, labels = objects('cpu')
-    batch = (images.pin_memory(), [box.pin_memory() for box in boxes], [label.pin_memory() for label in labels], None)
+    batch = (images.pin_memory(), torch.cat(boxes).pin_memory(), torch.cat(labels).pin_memory(), None,
+             [len(numbers) for numbers in labels])
+    monkeypatch.setattr(train, 'grad_clip', 10.0)
+    progress = Mock(batches=lambda: [batch], first_step=0, n_steps=10)
 
     def one_step():
-        precision = autocast(torch.device('cuda'), 'float32')
-        train.train_epoch([batch], network, criterion, optimizer, 0, precision, Mock())
+        train.train_epoch(network, criterion, optimizer, scaler, autocast(device, dtype), progress)
 
     one_step()  # chooses algorithms, makes the momentum
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode('error')
+    # GradScaler itself must know whether the gradient is finite before the step: one wait, for float16 alone.
+    torch.cuda.set_sync_debug_mode('default' if scaler.is_enabled() else 'error')
     try:
         one_step()
     finally:
         torch.cuda.set_sync_debug_mode('default')
+    assert all(parameter.isfinite().all() for parameter in network.parameters())
 
 
 def run_train(sample_lists, folder, *settings, n_processes=1):

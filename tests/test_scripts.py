@@ -32,7 +32,7 @@ def refusal(tmp_path, monkeypatch):
         for name in script.__annotations__:
             monkeypatch.setattr(script, name, getattr(script, name))  # restored afterwards
         with pytest.raises(SystemExit) as exit_:
-            utils.run_script(script, pass_given=script is train)
+            utils.run_script(script)
         sentence, = exit_.value.code.splitlines()
         return sentence
 

@@ -1,6 +1,7 @@
 """Settings: constants at a script's top that the command line can override."""
 
 import importlib.util
+import io
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import typing
 import warnings
 
 import pytest
+import torch
 from conftest import ROOT, run_script
 
 import create_data_lists
@@ -15,7 +17,7 @@ import detect
 import eval as evaluation
 import train
 import utils
-from utils import InputError, current_settings, override_settings
+from utils import InputError, as_flags, choose_device, choose_dtype, current_settings, override_settings
 
 SCRIPTS = {'create_data_lists': create_data_lists, 'train': train, 'eval': evaluation, 'detect': detect}
 
@@ -59,11 +61,13 @@ def command_line(monkeypatch):
 
 # --------------------------------------------------------------------------------------- the command line
 
-def test_settings_are_overridden_by_their_own_names_and_named_to_whom_wants_to_know(script, command_line):
-    command_line('--count', '7', '--no-flag', '--limit', '0.5', '--rates', '1', '2', '--words', 'None')
-    assert override_settings(script) == {'count', 'flag', 'limit', 'rates', 'words'}
-    assert current_settings(script) == {'count': 7, 'name': 'x # y', 'flag': False, 'limit': 0.5, 'rates': [1.0, 2.0],
-                                        'words': None}
+def test_settings_are_overridden_by_their_own_names_and_printed_as_one_types_them(script, command_line):
+    typed = ['--count', '7', '--no-flag', '--limit', '0.5', '--rates', '1.0', '2.0', '--words', 'None']
+    command_line(*typed)
+    override_settings(script)
+    changed = {'count': 7, 'flag': False, 'limit': 0.5, 'rates': [1.0, 2.0], 'words': None}
+    assert current_settings(script) == {**changed, 'name': 'x # y'}
+    assert as_flags(changed).split() == typed
 
 
 @pytest.mark.parametrize('arguments', ['--cnt 1', '--coun 1', '--PLAIN 1', '--count many'])
@@ -85,6 +89,32 @@ def test_main_runs_with_the_settings_and_an_input_error_and_ctrl_c_become_one_li
         with pytest.raises(SystemExit) as exit_:
             utils.run_script(script)
         assert exit_.value.code == line
+    monkeypatch.setattr(sys, 'stdout', io.BytesIO())  # of a notebook, say: it can't be reconfigured
+    with pytest.raises(SystemExit):
+        utils.run_script(script)
+
+
+@pytest.mark.parametrize(('error', 'advice'), [
+    (torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate'), 'lower batch_size'),
+    (RuntimeError('unable to allocate shared memory(shm) for file </torch_9>: No space left'), 'set workers to 0'),
+    (RuntimeError('something else'), None)])
+def test_too_little_memory_is_one_sentence_that_tells_how_to_need_less(error, advice):
+    said = utils.explain(error)
+    assert said is None if advice is None else advice in said and '\n' not in said
+
+
+def test_a_device_or_a_precision_that_is_not_here_is_refused_by_name(monkeypatch):
+    for name in ('nonsense', 'cuda:99', 'meta'):
+        with pytest.raises(InputError, match=f"^device '{name}' can't be used here"):
+            choose_device(name)
+    cpu = torch.device('cpu')
+    assert choose_device('cpu') == cpu and choose_dtype(cpu, 'float32') == torch.float32
+    for capabilities, auto in (({}, torch.float32), ({'amx_bf16': True}, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, 'get_capabilities', capabilities.copy, raising=False)
+        assert choose_dtype(cpu, 'auto') == auto
+        for name in ('float16',) if capabilities else ('float16', 'bfloat16'):
+            with pytest.raises(InputError, match=f"^precision '{name}' has no hardware support on this cpu"):
+                choose_dtype(cpu, name)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""train.py: a run can be stopped, killed and gone on with; what it can't do, it says in one sentence.
+"""train.py: a run can be stopped, killed and resumed; what it can't do, it says in one sentence.
 
 But for a few tests, a network of one layer takes SSD300's place, so that an epoch takes less than a second.
 """
@@ -17,13 +17,13 @@ from unittest.mock import Mock
 import pytest
 import torch
 from conftest import ROOT, make_voc, run_script
-from PIL import Image
 from torch import nn
 
 import train
+import utils
 from datasets import PascalVOCDataset
 from model import SSD300, MultiBoxLoss
-from utils import InputError, create_data_lists, load_checkpoint
+from utils import InputError, create_data_lists, load_checkpoint, save_checkpoint
 
 
 class Base(nn.Module):
@@ -53,20 +53,20 @@ class TinySSD(nn.Module):
 
 @pytest.fixture
 def run(sample_lists, tmp_path, monkeypatch):
-    """Runs train.py's main() on the sample, with some settings as if the command line had them; returns the
-    checkpoint that it leaves. What isn't given is as in the file, or as in the checkpoint to go on with."""
+    """Runs train.py's main() on the sample with some settings; returns the checkpoint that it leaves."""
     monkeypatch.setattr(train, 'SSD300', TinySSD)
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--as', 'typed', '--overwrite'])
+    monkeypatch.setattr(sys, 'orig_argv', ['python', *sys.argv])
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for so small a network, more of them are slower
 
     def run(folder='run', **settings):
-        first = {} if 'checkpoint' in settings else {'pretrained': False, 'batch_size': 3, 'epochs': 1}
-        given = {'data_folder': sample_lists, 'output_folder': str(tmp_path / folder), 'workers': 0, 'eval_every': None,
-                 **first, **settings}
+        settings = {'data_folder': sample_lists, 'output_folder': str(tmp_path / folder), 'workers': 0, 'epochs': 1,
+                    'eval_every': None, 'pretrained': False, 'batch_size': 3, **settings}
         with monkeypatch.context() as context:
-            for name in train.__annotations__:  # so that all are put back afterwards
-                context.setattr(train, name, given.get(name, getattr(train, name)))
-            train.main(set(given))
+            for name, value in settings.items():
+                context.setattr(train, name, value)
+            train.main()
         return load_checkpoint(tmp_path / folder / 'checkpoint_ssd300.pth')
 
     yield run
@@ -120,24 +120,48 @@ def test_the_learning_rate_rises_over_the_warm_up_but_no_longer_than_the_first_e
     assert rates(monkeypatch, range(2), 2, warmup=0, lr=1.0) == [1, 1]
 
 
-# ----------------------------------------------------------------------------------------------------- going on
+# ----------------------------------------------------------------------------------------------------- resuming
+
+def refused(run, complaint, **settings):
+    """The one sentence with which a run is refused."""
+    with pytest.raises(InputError, match=complaint) as caught:
+        run(**settings)
+    sentence, = str(caught.value).splitlines()
+    return sentence
+
+
+def stopped(run, **settings):
+    """The last words of a run that ends early: a sentence, and the command that resumes it."""
+    with pytest.raises(SystemExit) as caught:
+        run(**settings)
+    sentence, command = caught.value.code.splitlines()
+    return sentence, command
+
+
+def press_ctrl_c_after(epoch):
+    """In place of write_log: presses Ctrl-C at the end of an epoch."""
+    def press(run, news):
+        if run.epoch == epoch:
+            os.kill(os.getpid(), signal.SIGINT)
+    return press
+
 
 @pytest.mark.parametrize(('network', 'epochs'), [(TinySSD, 4), pytest.param(SSD300, 2, marks=pytest.mark.slow)])
-def test_a_run_in_one_go_and_one_gone_on_with_by_the_bare_command_end_bit_equal(network, epochs, run, run_path,
-                                                                                tmp_path, one_picture, monkeypatch):
+def test_a_run_in_one_go_and_one_resumed_end_bit_equal(network, epochs, run, run_path, tmp_path, one_picture,
+                                                      monkeypatch):
     monkeypatch.setattr(train, 'SSD300', network)
     settings = {'epochs': epochs, 'lr': 2e-3, 'decay_lr_at': [0.5], 'warmup': 2, 'momentum': 0.8, 'weight_decay': 1e-3,
                 'grad_clip': 10.0, 'localization': 'l1', 'batch_size': 4, 'keep_difficult': False, 'seed': 3}
     place = {'data_folder': one_picture} if network is SSD300 else {}
     in_one_go = run('in_one_go', **settings, **place)
     with monkeypatch.context() as context:
-        context.setattr(train, 'check_weights', stop_after(epochs // 2))
-        with pytest.raises(SystemExit, match=f'go on from the end of epoch {epochs // 2}'):
-            run(**settings, **place)
-    gone_on_with = run(checkpoint=run_path, **place)
-    assert_same_training(in_one_go, gone_on_with)
-    for name, value in settings.items():
-        assert gone_on_with['settings'][name] == value
+        context.setattr(train.Run, 'write_log', press_ctrl_c_after(epochs // 2))
+        sentence, command = stopped(run, **settings, **place)
+    assert sentence == f'Stopped. To resume after epoch {epochs // 2}:'
+    assert command.endswith(f' --as typed --checkpoint {run_path}')
+    resumed = run(checkpoint=run_path, **settings, **place)
+    assert_same_training(in_one_go, resumed)
+    assert {group['weight_decay'] for group in resumed['optimizer']['param_groups']} == {1e-3}
     logs = [read_log(tmp_path / folder) for folder in ('in_one_go', 'run')]
     for line in (*logs[0], *logs[1]):
         assert float(line.pop('images_per_second')) > 0
@@ -145,32 +169,64 @@ def test_a_run_in_one_go_and_one_gone_on_with_by_the_bare_command_end_bit_equal(
     assert [line['epoch'] for line in logs[0]] == [str(1 + epoch) for epoch in range(epochs)]
 
 
-def stop_after(epoch):
-    """In place of check_weights: presses Ctrl-C during an epoch's last step."""
-    def press(model, number):
-        if number + 1 == epoch:
-            os.kill(os.getpid(), signal.SIGINT)
-    return press
-
-
-def test_what_the_command_line_gives_wins_over_the_checkpoint_and_is_printed(run, run_path, tmp_path, capsys):
-    run(epochs=1, lr=1e-3, decay_lr_at=[], warmup=0, momentum=0.9)
+def test_on_a_resume_todays_settings_count_and_those_that_differ_are_printed_with_the_flags_to_undo_it(run, run_path,
+                                                                                                     tmp_path, capsys):
+    run(epochs=1, lr=1e-3, decay_lr_at=[], warmup=0, momentum=0.9, augment=False)
     capsys.readouterr()
-    content = run(checkpoint=run_path, epochs=2, lr=5e-4, momentum=0.5)
-    said = capsys.readouterr().out
-    assert 'lr is 0.0005 from now on; the checkpoint had 0.001' in said
-    assert 'momentum is 0.5 from now on; the checkpoint had 0.9' in said
-    assert 'batch_size' not in said
-    assert [group['lr'] for group in content['optimizer']['param_groups']] == pytest.approx([1e-3, 5e-4])
+    content = run(checkpoint=run_path, epochs=2, lr=5e-4, decay_lr_at=[0.5], warmup=0, momentum=0.5)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f'Settings that differ from those of {run_path}:'
+    assert '    lr: 0.0005 from now on, 0.001 before' in said and '    momentum: 0.5 from now on, 0.9 before' in said
+    undo, = [line for line in said if line.startswith('To keep those of the checkpoint: ')]
+    assert undo.endswith(': --no-augment --epochs 1 --lr 0.001 --decay_lr_at --momentum 0.9')
+    assert not any('batch_size' in line or 'output_folder' in line for line in said)
+    assert [group['lr'] for group in content['optimizer']['param_groups']] == pytest.approx([1e-4, 5e-5])
     assert {group['momentum'] for group in content['optimizer']['param_groups']} == {0.5}
-    assert [float(line['lr']) for line in read_log(tmp_path / 'run')] == pytest.approx([1e-3, 5e-4])
+    assert [float(line['lr']) for line in read_log(tmp_path / 'run')] == pytest.approx([1e-3, 5e-5])
 
 
-def test_pretrained_weights_are_loaded_for_a_new_run_alone(run, run_path):
+def test_pretrained_weights_are_loaded_for_a_new_run_alone_and_only_frozen_blocks_are_frozen(run, run_path, capsys):
+    Base.freeze_blocks.reset_mock()
     with pytest.raises(AssertionError, match='downloads weights'):
         run(pretrained=True)
     run()
-    run(pretrained=True, checkpoint=run_path, epochs=2)
+    Base.freeze_blocks.assert_not_called()  # so another base needn't have it
+    run(pretrained=True, checkpoint=run_path, finetune='nowhere', epochs=2, freeze=2)
+    Base.freeze_blocks.assert_called_once_with(2)
+    assert 'random weights' not in capsys.readouterr().out
+    run('frozen', freeze=3)
+    assert 'Frozen blocks keep random weights' in capsys.readouterr().out
+
+
+def test_finetuning_starts_from_the_weights_and_the_normalization_of_another_network(run, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, 'SSD300', SSD300)
+    monkeypatch.setattr(model, 'image_mean', [0.1, 0.2, 0.3])
+    save_checkpoint(tmp_path / 'other.pth', 3, model, train.make_optimizer(model), utils.label_map, {})
+    monkeypatch.setattr(train, 'train_epoch', lambda network, *_: networks.append(network))
+    monkeypatch.setattr(train.Progress, 'summary', lambda *_: {'epoch': 1, 'mAP': None})
+    means, networks = [], []
+    monkeypatch.setattr(PascalVOCDataset, 'normalize_for', lambda _, network: means.append(network.image_mean))
+    monkeypatch.setattr(train, 'evaluate', lambda loader, *_: ({}, float(loader.dataset.keep_difficult)))
+    content = run(finetune=tmp_path / 'other.pth', eval_every=1)
+    for name, weights in model.state_dict().items():
+        assert torch.equal(content['model'][name], weights)
+    assert means == [[0.1, 0.2, 0.3]] * 2  # of the pictures for training and for testing
+    assert content['log'][0]['mAP'] == 1  # measured with difficult objects, which must not count as errors
+    assert content['image_mean'] == [0.1, 0.2, 0.3]
+
+
+def test_the_scale_of_float16_is_resumed_but_not_into_another_precision(run, run_path, monkeypatch):
+    def scale(**settings):
+        with monkeypatch.context() as context:
+            context.setattr(train, 'choose_dtype', lambda *_: torch.float16)
+            scaler = run(**settings)['scaler']
+            return scaler['scale'], scaler['_growth_tracker']  # and for how many steps it was good
+
+    # Each gradient of the first three steps overflows: that isn't an error, the step is skipped and the scale halved.
+    assert scale() == (2 ** 16 / 8, 0)
+    assert scale(checkpoint=run_path, epochs=2) == (2 ** 16 / 8, 3)
+    assert run(checkpoint=run_path, epochs=3)['scaler'] == {}
+    assert scale(checkpoint=run_path, epochs=4) == (2 ** 16 / 8, 0)
 
 
 # ---------------------------------------------------------------------- the same training, whoever reads the pictures
@@ -184,7 +240,7 @@ def test_seeds_and_epochs_share_neither_orders_nor_changes(sample_lists):
     orders, pictures = [], []
     for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 1)):
         dataset = PascalVOCDataset(sample_lists, 'TRAIN', seed=seed)
-        sampler = train.DistributedSampler(dataset, 1, 0, seed=seed * 1_000_003)
+        sampler = train.DistributedSampler(dataset, 1, 0, seed=10 * seed)
         dataset.set_epoch(epoch)
         sampler.set_epoch(epoch)
         orders.append(tuple(sampler))
@@ -199,24 +255,35 @@ def test_the_seed_and_the_augmentation_decide_about_the_weights(run):
     assert [torch.equal(weights[0], other) for other in weights[1:]] == [True, False, False]
 
 
-TWO_PROCESSES = '''
-import sys
+TINY = '''
+import sys, time
 import torch
-sys.path[:0] = ['tests', '.']
+sys.path[:0] = [{tests!r}, {root!r}]
 import test_training, train, utils
 torch.set_num_threads(1)
 train.SSD300 = test_training.TinySSD
-utils.run_script(train, pass_given=True)
+if __name__ == '__main__':
+    torch.multiprocessing.set_start_method({start_method!r})
+    utils.run_script(train)
 '''
 
 
+@pytest.fixture
+def tiny(tmp_path):
+    """A script that is train.py with the network of one layer."""
+    def write(start_method='fork'):
+        (tmp_path / 'tiny.py').write_text(TINY.format(tests=str(ROOT / 'tests'), root=str(ROOT),
+                                                      start_method=start_method))
+        return tmp_path / 'tiny.py'
+    return write
+
+
 @pytest.mark.slow
-def test_two_processes_with_batches_of_2_see_the_very_pictures_of_one_with_batches_of_4(sample_lists, tmp_path, run):
-    script = tmp_path / 'two_processes.py'
-    script.write_text(TWO_PROCESSES)
+def test_two_processes_with_batches_of_2_see_the_very_pictures_of_one_with_batches_of_4(sample_lists, tmp_path, run,
+                                                                                       tiny):
     settings = ['--data_folder', sample_lists, '--epochs', 2, '--no-pretrained', '--workers', 1, '--eval_every', 1,
                 '--batch_size', 2, '--output_folder', tmp_path / 'two']
-    process = run_script(script, *settings, n_processes=2)
+    process = run_script(tiny(), *settings, n_processes=2)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count('Saved') == process.stderr.count('Epoch 1/2:   0%') == 1  # the first alone reports
     two = load_checkpoint(tmp_path / 'two' / 'checkpoint_ssd300.pth')
@@ -227,15 +294,34 @@ def test_two_processes_with_batches_of_2_see_the_very_pictures_of_one_with_batch
     assert lines[0] == lines[1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('start_method', ['spawn', 'forkserver'])
+def test_workers_that_are_started_anew_see_the_epochs_too_and_are_started_once(start_method, sample_lists, tmp_path,
+                                                                              run, tiny):
+    process = run_script(tiny(start_method), '--data_folder', sample_lists, '--epochs', 3, '--no-pretrained',
+                         '--workers', 1, '--eval_every', 'None', '--batch_size', 3, '--output_folder', tmp_path / 'new')
+    assert process.returncode == 0, process.stderr
+    assert_same_training(run('old', epochs=3), load_checkpoint(tmp_path / 'new' / 'checkpoint_ssd300.pth'))
+    first, *others = [8 / float(line['images_per_second']) for line in read_log(tmp_path / 'new')]
+    assert max(others) < first / 2  # seconds
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_real_network_without_a_warning(one_picture, tmp_path):
+    process = run_script('train.py', '--data_folder', one_picture, '--epochs', 1, '--no-pretrained', '--workers', 0,
+                         '--eval_every', 'None', '--batch_size', 1, '--freeze', 5, '--output_folder', tmp_path,
+                         n_processes=2)
+    assert process.returncode == 0, process.stderr
+    assert 'arn' not in process.stderr.replace('OMP_NUM_THREADS', ''), process.stderr  # DDP's 'Warning: Grad strides …'
+
+
 # --------------------------------------------------------------------------------------------- watching it learn
 
-def test_measuring_the_mAP_changes_nothing_in_the_training_and_is_drawn(run, tmp_path):
+def test_measuring_the_mAP_changes_nothing_in_the_training(run, tmp_path):
     without, measured = run('without', epochs=3), run('measured', epochs=3, eval_every=2)
     assert_same_training(without, measured)
     assert [bool(line['mAP']) for line in read_log(tmp_path / 'measured')] == [False, True, True]  # and after the last
     assert not (tmp_path / 'without' / 'best_checkpoint_ssd300.pth').exists()
-    with Image.open(tmp_path / 'measured' / 'training_log.png') as picture:
-        assert len(picture.convert('RGB').getcolors(100_000)) > 5  # the lines' colors, the grid, the text
 
 
 def test_the_best_checkpoint_is_that_of_the_highest_mAP_also_over_a_resume(run, run_path, tmp_path, monkeypatch):
@@ -247,16 +333,41 @@ def test_the_best_checkpoint_is_that_of_the_highest_mAP_also_over_a_resume(run, 
     assert load_checkpoint(tmp_path / 'run' / 'best_checkpoint_ssd300.pth')['epoch'] == 2
 
 
-def test_losses_rate_and_mAP_go_to_tensorboard_where_it_is_installed(run, tmp_path, monkeypatch):
-    scalars = []
-    writer = types.SimpleNamespace(add_scalar=lambda *scalar: scalars.append(scalar))
-    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', types.SimpleNamespace(SummaryWriter=lambda _: writer))
-    run(epochs=2, eval_every=2, warmup=0)
-    steps = {name: [step for key, _, step in scalars if key == name] for name, _, _ in scalars}
-    assert steps['loss'] == steps['confidence_loss'] == steps['localization_loss'] == steps['lr'] == [1, 2, 3, 4, 5, 6]
-    assert steps['mAP'] == [6]
+def test_the_log_goes_to_tensorboard_where_it_is_installed_and_a_resume_hides_what_was_rewound(run, run_path, tmp_path,
+                                                                                              monkeypatch):
+    scalars, opened = [], []
+
+    def writer(path, purge_step):
+        opened.append(purge_step)
+        return types.SimpleNamespace(add_scalar=lambda *scalar: scalars.append(scalar))
+
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', types.SimpleNamespace(SummaryWriter=writer))
+    run(epochs=2, eval_every=2)
+    run(checkpoint=run_path, epochs=3)
+    assert opened == [1, 3]
+    epochs = {name: [epoch for key, _, epoch in scalars if key == name] for name, _, _ in scalars}
+    assert epochs['loss'] == epochs['confidence_loss'] == epochs['localization_loss'] == epochs['lr'] == [1, 2, 3]
+    assert epochs['mAP'] == [2]
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)  # importing it fails
     run('without')
+
+
+def test_a_log_or_picture_that_can_not_be_written_costs_a_warning_but_no_epoch(run, tmp_path):
+    for name in ('training_log.csv', 'training_log.png'):
+        (tmp_path / 'run' / name).mkdir(parents=True)  # in the way
+    with pytest.warns(UserWarning, match=r"can't write '.*training_log\.csv'"):
+        content = run(epochs=2)
+    assert content['epoch'] == len(content['log']) == 2
+
+
+def test_a_run_that_ended_while_its_last_mAP_was_measured_is_measured_on_resuming(run, run_path, tmp_path, monkeypatch):
+    with monkeypatch.context() as context:
+        context.setattr(train, 'evaluate', Mock(side_effect=KeyboardInterrupt))
+        assert stopped(run, eval_every=1)[0] == 'Stopped. To resume after epoch 1:'
+    monkeypatch.setattr(train, 'evaluate', lambda *_: ({}, 0.25))
+    run(eval_every=1, checkpoint=run_path)
+    assert [line['mAP'] for line in read_log(tmp_path / 'run')] == ['0.25']
+    assert 'already trained for 1 epoch' in refused(run, 'set epochs to more', eval_every=1, checkpoint=run_path)
 
 
 # ----------------------------------------------------------------------------------------------------- the step
@@ -296,7 +407,7 @@ def test_fewer_pictures_than_a_batch_or_than_workers_train(run, one_picture, tmp
 
 def test_a_batch_without_any_object_trains(run, tmp_path):
     voc = make_voc(tmp_path / 'VOC', {'1': [], '2': [], '3': [('dog', (5, 5, 40, 40), 1)]})
-    create_data_lists(make_voc(voc, {'4': []}, 'test'), None, tmp_path / 'lists')
+    create_data_lists(make_voc(voc, {'4': [('dog', (5, 5, 40, 40), 0)]}, 'test'), None, tmp_path / 'lists')
     content = run(data_folder=tmp_path / 'lists', batch_size=1, keep_difficult=False)
     assert torch.isfinite(content['model']['conv.weight']).all()
     assert float(read_log(tmp_path / 'run')[0]['loss']) == 0
@@ -309,15 +420,14 @@ def breaking_loss(at, how):
     class Breaking(MultiBoxLoss):
         calls = 0
 
-        def forward(self, predicted_locs, *others):
-            loss = super().forward(predicted_locs, *others)
+        def parts(self, predicted_locs, *others):
+            confidence, localization = super().parts(predicted_locs, *others)
             Breaking.calls += 1
             if Breaking.calls == at:
-                if how == 'gradient':
-                    return loss + (predicted_locs.sum() * 0).abs().sqrt()  # 0, whose gradient is 0 · ∞
-                self.parts[1] = float(how)
-                loss = loss + float(how)
-            return loss
+                # The second has the value 0, but the gradient 0 · ∞.
+                localization = localization + ((predicted_locs.sum() * 0).abs().sqrt() if how == 'gradient'
+                                               else float(how))
+            return confidence, localization
 
     return Breaking
 
@@ -326,117 +436,152 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_once_and_names_the_pictures(
                                                                                 monkeypatch):
     run(workers=2, decay_lr_at=[])
     monkeypatch.setattr(train, 'MultiBoxLoss', breaking_loss(5, 'nan'))  # 3 steps an epoch: the second of epoch 3
-    with pytest.raises(InputError, match='the loss is no longer finite in epoch 3, step 2') as caught:
-        run(workers=2, checkpoint=run_path, epochs=5)
-    assert re.search(r'confidence [0-9.]+, localization nan;', str(caught.value))
+    sentence, command = stopped(run, workers=2, checkpoint=run_path, epochs=5)
+    assert re.match(r'Error: the loss is no longer finite in epoch 3, step 2 \(confidence [0-9.]+, localization nan; ',
+                    sentence)
     sampler = train.DistributedSampler(range(8), 1, 0, seed=0)
     sampler.set_epoch(2)
-    images = json.loads((sample_lists / 'TRAIN_images.json').read_text())
-    assert f"pictures: {', '.join(images[i] for i in list(sampler)[3:6])})" in str(caught.value)
-    assert '--grad_clip 10 or a lower lr; checkpoints are untouched' in str(caught.value)
+    paths = json.loads((sample_lists / 'TRAIN_images.json').read_text())
+    assert f"pictures: {', '.join(paths[i] for i in list(sampler)[3:6])})" in sentence
+    assert command.endswith(f' --as typed --grad_clip 10 --checkpoint {run_path}')
     assert load_checkpoint(run_path)['epoch'] == 2  # the epoch that was whole
 
 
 @pytest.mark.parametrize(('how', 'complaint'), [('inf', 'in epoch 2, step 3'),
-                                                ('gradient', r'weights are no longer finite after epoch 2.*untouched')])
+                                                ('gradient', 'weights are no longer finite after epoch 2')])
 def test_a_last_step_that_breaks_everything_leaves_the_checkpoint_untouched(how, complaint, run, run_path, monkeypatch):
     run()
     before = Path(run_path).read_bytes()
     monkeypatch.setattr(train, 'MultiBoxLoss', breaking_loss(3, how))
-    with pytest.raises(InputError, match=complaint):
-        run(checkpoint=run_path, epochs=2)
+    sentence, command = stopped(run, checkpoint=run_path, epochs=2, grad_clip=10, lr=0.004)
+    assert complaint in sentence and 'Nothing is saved yet' in sentence
+    assert command.endswith('train.py --as typed --overwrite --lr 0.002')  # what clipping hasn't cured
     assert Path(run_path).read_bytes() == before
 
 
-# ---------------------------------------------------------------------------------------------- what lies in the folder
+# ---------------------------------------------------------------------------------------------- what is in the folder
 
-def test_a_new_run_moves_what_earlier_ones_have_left_to_folders_of_their_own(run, tmp_path, capsys):
-    folder, contents = tmp_path / 'run', []
-    for seed in range(3):
-        run(seed=seed)
-        contents.append({path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
-    said = capsys.readouterr().out
-    for number in (1, 2):
-        aside = folder / f'previous_run_{number}'
-        assert {path.name: path.read_bytes() for path in aside.iterdir()} == contents[number - 1]
-        assert f'What an earlier run left in {folder} is now in {aside}' in said
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_the_log_has_one_line_per_epoch_also_after_a_run_that_died_before_saving(run, run_path, tmp_path):
-    run(epochs=2)
+def test_a_new_run_never_touches_another_ones_checkpoint_unless_told_to(run, run_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, 'evaluate', lambda *_: ({}, 0.9))
+    run(epochs=2, eval_every=1)
+    before, best = contents(tmp_path / 'run'), Path(run_path).with_name('best_checkpoint_ssd300.pth')
+    sentence = refused(run, 'holds a run of 2 epochs', seed=1)
+    assert f'--checkpoint {run_path}' in sentence and 'output_folder' in sentence and '--overwrite' in sentence
+    refused(run, 'holds a run of 2 epochs', checkpoint=best, epochs=3)  # an earlier point of the same run
+    with monkeypatch.context() as context:  # a new run that fails before it has anything to save
+        context.setattr(PascalVOCDataset, '__getitem__', Mock(side_effect=InputError('no picture')))
+        assert stopped(run, overwrite=True)[1].endswith('train.py --as typed --overwrite')
+    assert contents(tmp_path / 'run') == before
+
+    run(seed=1, overwrite=True)
+    assert not best.exists() and [line['mAP'] for line in read_log(tmp_path / 'run')] == ['']
+
+
+def test_a_checkpoint_is_resumed_into_another_folder_with_its_log_and_rewound_to_the_best_with_its_own(run, run_path,
+                                                                                                     tmp_path,
+                                                                                                     monkeypatch):
+    values = iter([0.4, 0.2, 0.3, 0.5])
+    monkeypatch.setattr(train, 'evaluate', lambda *_: ({}, next(values)))
+    run(epochs=2, eval_every=1)
+    before = contents(tmp_path / 'run')
+    run('other', checkpoint=run_path, epochs=3, eval_every=1)
+    assert contents(tmp_path / 'run') == before
+    assert [line['mAP'] for line in read_log(tmp_path / 'other')] == ['0.4', '0.2', '0.3']
+    assert not (tmp_path / 'other' / 'best_checkpoint_ssd300.pth').exists()  # 0.3 isn't the best of this run
+    best = tmp_path / 'run' / 'best_checkpoint_ssd300.pth'
+    run(checkpoint=best, epochs=2, eval_every=1, overwrite=True)
+    assert [line['mAP'] for line in read_log(tmp_path / 'run')] == ['0.4', '0.5']
+    assert load_checkpoint(best)['log'][-1]['mAP'] == 0.5
+
+
+def test_the_log_beside_a_checkpoint_of_an_older_version_is_not_lost(run, run_path, tmp_path):
+    content = run(epochs=2)
+    del content['log'], content['scaler']
+    content['settings'].update(decay_lr_at=[1, 2])  # which counted epochs
+    torch.save(content, run_path)
     log = tmp_path / 'run' / 'training_log.csv'
-    log.write_text(log.read_text() + log.read_text().splitlines()[-1].replace('2,', '3,', 1) + '\n')
-    first = read_log(tmp_path / 'run')[0]
-    run(epochs=4, checkpoint=run_path)
-    lines = read_log(tmp_path / 'run')
-    assert [line['epoch'] for line in lines] == ['1', '2', '3', '4']
-    assert lines[0] == first
-    assert lines[2]['loss'] != lines[1]['loss']
+    log.write_text('epoch,loss\n1,9.5\n2,8.5\n3,7.5\n')  # the third one was never saved
+    content = run(epochs=3, checkpoint=run_path)
+    assert content['log'][:2] == [{'epoch': 1, 'loss': 9.5, 'mAP': None}, {'epoch': 2, 'loss': 8.5, 'mAP': None}]
+    first, second, third = read_log(tmp_path / 'run')
+    assert (first['loss'], second['loss'], first['mAP']) == ('9.5', '8.5', '') and third['loss'] != '7.5'
     assert list(first) == ['epoch', 'loss', 'confidence_loss', 'localization_loss', 'lr', 'images_per_second', 'mAP']
 
 
-# ------------------------------------------------------------------------------------------ what can't be gone on with
+# ------------------------------------------------------------------------------------------ what can't be resumed
 
-@pytest.mark.parametrize('columns', ['epoch,loss', 'epoch,loss,mAP'])  # in the second, the line is too short
-def test_the_log_of_an_older_version_goes_on_with_todays_columns(columns, run, run_path, tmp_path):
-    run(epochs=1)
-    log = tmp_path / 'run' / 'training_log.csv'
-    log.write_text(f'{columns}\n1,9.5\n')
-    run(epochs=2, checkpoint=run_path, eval_every=1)
-    first, second = read_log(tmp_path / 'run')
-    assert first['loss'] == '9.5' and first['mAP'] == '' and float(second['mAP']) >= 0
-    log.write_text('epoch,loss\nnone,9.5\n')
-    with pytest.raises(InputError, match=r"training_log\.csv' can't be read"):
-        run(epochs=3, checkpoint=run_path)
-
-
-@pytest.mark.parametrize(('name', 'value'), [
-    ('freeze', 6), ('warmup', -1), ('decay_lr_at', [0.8, 0.5]), ('decay_lr_at', [154]), ('decay_lr_to', 0.0),
-    ('lr', 0.0), ('momentum', 1.0), ('weight_decay', -1.0), ('seed', -1), ('eval_every', 0), ('workers', -1)])
-def test_a_setting_out_of_its_range_is_refused_by_name(name, value, monkeypatch):
-    monkeypatch.setattr(train, name, value)
-    with pytest.raises(InputError, match=f'^{name} must be '):
-        train.check_settings()
-
-
-def test_a_finished_run_or_one_for_other_classes_or_without_a_training_is_not_gone_on_with(run, run_path, one_picture):
+def test_a_finished_run_or_one_for_other_classes_or_without_a_training_is_not_resumed(run, run_path, one_picture):
     content = run()
-
-    def refused(complaint, **settings):
-        with pytest.raises(InputError, match=complaint) as caught:
-            run(checkpoint=run_path, **settings)
-        return str(caught.value)
-
-    assert run_path in refused('has 1 epochs behind it already: set epochs to more')
+    assert run_path in refused(run, 'was already trained for 1 epochs: set epochs to more', checkpoint=run_path)
     labels = {'background': 0, 'emu': 1}
     (one_picture / 'label_map.json').write_text(json.dumps(labels))
-    sentence = refused('belong together', data_folder=one_picture, epochs=2)
+    sentence = refused(run, 'belong together', data_folder=one_picture, checkpoint=run_path, epochs=2)
     assert str(labels) in sentence and 'aeroplane' in sentence
     del content['optimizer']
     torch.save(content, run_path)
-    assert run_path in refused('holds weights but no training to go on with', epochs=2)
+    assert run_path in refused(run, 'has weights but no training state to resume: use --finetune', checkpoint=run_path)
+
+
+def test_training_pictures_without_any_object_are_refused(run, one_picture):
+    (one_picture / 'TRAIN_objects.json').write_text('[{"boxes": [], "labels": [], "difficulties": []}]')
+    assert str(one_picture) in refused(run, 'no training picture .* has an object', data_folder=one_picture)
 
 
 # ------------------------------------------------------------------------------------------------- Ctrl-C
 
 @pytest.mark.slow
-@pytest.mark.parametrize('epoch', [1, 3])
-def test_ctrl_c_is_one_sentence_that_tells_from_where_to_go_on_and_leaves_no_workers(epoch, sample_lists, tmp_path):
-    (tmp_path / 'tiny.py').write_text(TWO_PROCESSES)
-    command = [sys.executable, tmp_path / 'tiny.py', '--data_folder', sample_lists, '--no-pretrained', '--workers', '2',
-               '--output_folder', tmp_path / 'run', '--epochs', '9999', '--eval_every', 'None', '--batch_size', '1']
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
-    while f'Epoch {epoch}/'.encode() not in (said := os.read(process.stderr.fileno(), 1000)):
-        assert said, 'it ended by itself'
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers as well
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 1 and b'Traceback' not in said, said.decode()
-    path = tmp_path / 'run' / 'checkpoint_ssd300.pth'
-    last = said.decode().splitlines()[-1]
-    if path.exists():
-        done = load_checkpoint(path)['epoch']
-        assert last == f'Stopped: go on from the end of epoch {done} in {path} by naming it as --checkpoint'
-    else:
-        assert epoch == 1 and last == 'Stopped before the end of the first epoch: nothing is saved yet'
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)  # nobody is left in its group
+def test_the_last_line_after_ctrl_c_is_the_command_that_ends_as_if_nothing_had_happened(sample_lists, tmp_path, tiny):
+    settings = ['--data_folder', sample_lists, '--no-pretrained', '--workers', '1', '--epochs', '6', '--eval_every',
+                '2', '--batch_size']
+    environment = {**os.environ, 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
+    whole = run_script(tiny(), *settings, 1, '--output_folder', tmp_path / 'whole', folder=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    whole = load_checkpoint(tmp_path / 'whole' / 'checkpoint_ssd300.pth')
+
+    for when, n_processes in (('Epoch 1/', 1), ('Evaluating', 1), ('Epoch 3/', 2)):
+        launcher = ['-m', 'torch.distributed.run', '--nproc_per_node=2'] if n_processes > 1 else []
+        folder = tmp_path / when.strip('/')
+        process = subprocess.Popen([sys.executable, *launcher, tmp_path / 'tiny.py', *settings, '1', '--output_folder',
+                                    folder, '--overwrite'], cwd=tmp_path, stderr=subprocess.PIPE,
+                                   stdout=subprocess.DEVNULL, env=environment, start_new_session=True)
+        while when.encode() not in (said := os.read(process.stderr.fileno(), 1000)):
+            assert said, 'it ended by itself'
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers as well
+        said = process.communicate(timeout=60)[1].decode()
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)  # nobody is left in its group
+        path = folder / 'checkpoint_ssd300.pth'
+        done = load_checkpoint(path)['epoch'] if path.exists() else 0
+        way = f'To resume after epoch {done}:' if done else 'Nothing is saved yet. To start again:'
+        command = re.search(rf'Stopped\. {way}\n(.*)\n', said)[1]
+        assert ('--overwrite' in command) == (done == 0)
+        if n_processes == 1:
+            assert process.returncode == 1 and 'Traceback' not in said and said.endswith(f'{command}\n')
+            assert command.startswith(sys.executable)
+            subprocess.run(command, shell=True, cwd=tmp_path, env=environment, check=True, capture_output=True)
+            assert_same_training(load_checkpoint(path), whole)
+            assert [line['mAP'] for line in load_checkpoint(path)['log']] == [line['mAP'] for line in whole['log']]
+        else:
+            assert command.startswith('torchrun --nproc_per_node=2 ')
+
+
+def test_the_command_to_resume_is_the_one_typed_with_the_checkpoint_added_or_replaced(monkeypatch):
+    def command(*typed, checkpoint='a b.pth', **environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, 'argv', ['train.py', *typed])
+        monkeypatch.setattr(sys, 'orig_argv', ['python', '-u', 'train.py', *typed])
+        return utils.command_to_resume(checkpoint)
+
+    resumed = "python -u train.py --lr 1 --checkpoint 'a b.pth'"
+    assert command('--lr', '1', '--overwrite') == resumed
+    assert command('--checkpoint', 'old', '--lr', '1', '--checkpoint=old') == resumed
+    assert command('--overwrite', '--finetune', 'x', checkpoint=None) == 'python -u train.py --overwrite --finetune x'
+    assert (command('--lr', '1', WORLD_SIZE='4', LOCAL_WORLD_SIZE='4')
+            == "torchrun --nproc_per_node=4 train.py --lr 1 --checkpoint 'a b.pth'")
+    assert (command('--lr', '1', WORLD_SIZE='8', LOCAL_WORLD_SIZE='4')
+            == "the same torchrun command with --checkpoint 'a b.pth'")
