@@ -218,7 +218,7 @@ def test_the_quick_start_runs_as_it_stands_though_for_one_epoch(tmp_path):
         process = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
         assert process.returncode == 0, process.stderr
         printed += process.stdout
-    assert 'mAP of 8 images: ' in printed and 'drawn in detections' in printed
+    assert 'mAP of 8 pictures: ' in printed and 'drawn in detections' in printed
     assert sum(line.startswith(('dog ', 'cat ', 'person ')) for line in printed.splitlines()) >= 3
     checkpoint = torch.load(tmp_path / 'quick_start' / 'checkpoint_ssd300.pth', weights_only=True)
     assert (checkpoint['epoch'], len(checkpoint['model']), checkpoint['settings']['pretrained']) == (1, 71, False)
