@@ -6,11 +6,11 @@ import torch
 from torchvision.transforms.v2 import functional as TF
 
 import utils
-from scenes import DOG, OBJECTS, Scene, dog_objects
+from scenes import BOXES, DOG, OBJECTS, Scene
 from svg import INK, PURPLE, Canvas
 from utils import IMAGENET_MEAN, IMAGENET_STD, random_crop, read_image, transform, zoom_out
 
-BOXES = torch.tensor([box for _, box in OBJECTS], dtype=torch.float)  # in pixels
+PIXELS = torch.tensor([*OBJECTS.values()], dtype=torch.float)
 
 
 def seed(number):
@@ -35,12 +35,12 @@ def augmentation():
     picture, window = read_image(DOG), utils.look_through
     seed(4)
     larger = zoom_out(*picture.size)
-    smaller, visible, _ = random_crop(larger, BOXES)
+    smaller, visible, _ = random_crop(larger, PIXELS)
     last = 1 - 1 / (smaller[2] - smaller[0])  # where the first column of pixels goes
     mirrored = through(visible, smaller)[:, [2, 1, 0, 3]] * torch.tensor([-1, 1, -1, 1])
     mirrored += torch.tensor([last, 0, last, 0])
-    steps = (('the picture', window(picture), dog_objects()[0]),
-             ('zoomed out', window(picture, larger), through(BOXES, larger)),
+    steps = (('the picture', window(picture), BOXES),
+             ('zoomed out', window(picture, larger), through(PIXELS, larger)),
              ('cropped', window(picture, smaller), through(visible, smaller)),
              ('mirrored', window(picture, smaller, mirror=True), mirrored),
              ('other colors', window(picture, smaller, mirror=True, distort=True), mirrored))
@@ -52,9 +52,9 @@ def augmentation():
         scene.boxes(seen, PURPLE)
         if name == 'zoomed out':
             scene.boxes(through(torch.tensor([smaller], dtype=torch.float), larger), INK)
-        canvas.text(x + 92, y + 208, f'{i + 1}. {name}', anchor='middle', bold=True)
+        canvas.center(x + 92, y + 208, f'{i + 1}. {name}')
     canvas.text(404, 272, 'purple: the objects\nblack: the crop\n\n'
-                f'{len(BOXES) - len(visible)} of {len(BOXES)} objects have\ntheir center outside\nof it and are\ndropped')
+                f'{len(PIXELS) - len(visible)} of {len(PIXELS)} objects have\ntheir center outside\nof it and go')
     return canvas
 
 
@@ -62,9 +62,9 @@ def augmented_samples():
     """The photograph as it is and as training sees it eleven times."""
     canvas = Canvas(height=480)
     seed(9)
-    labels = difficulties = torch.zeros(len(BOXES), dtype=torch.long)
+    labels = difficulties = torch.zeros(len(PIXELS), dtype=torch.long)
     for i, split in enumerate(['TEST'] + 11 * ['TRAIN']):
-        image, seen, _, _ = transform(read_image(DOG), BOXES, labels, difficulties, split)
+        image, seen, _, _ = transform(read_image(DOG), PIXELS, labels, difficulties, split)
         Scene(canvas, to_picture(image), 16 + i % 4 * 144, 16 + i // 4 * 144, 136).boxes(seen, PURPLE)
-    canvas.text(300, 466, 'first the picture, then what eleven epochs of training see', anchor='middle')
+    canvas.center(300, 466, 'first the picture, then what eleven epochs of training see', bold=False)
     return canvas

@@ -1,12 +1,13 @@
 """Figures that are charts: the learning rate, average precision, results of training runs."""
 
 import csv
+import itertools
 import json
 
 import torch
 
 import train
-from scenes import HERE, OBJECTS, dog_objects, read
+from scenes import BOXES, HERE, OBJECTS, read
 from svg import AMBER, BLUE, EDGE, GRAY, GREEN, INK, WHITE, Axes, Canvas, tint
 from utils import average_precision, find_jaccard_overlap
 
@@ -34,11 +35,11 @@ def plainly(value):
 
 def learning_rate():
     """What train.py makes of the learning rate, below the mAP of a run with the same schedule."""
-    canvas = Canvas(height=560)
+    canvas = Canvas(height=530)
     published = read_log('voc/gluoncv.csv')['mAP']
     last = published[-1][0]
-    above = Axes(canvas, 86, 46, 484, 200, (0, 1), (65, 80))
-    below = Axes(canvas, 86, 290, 484, 160, (0, 1), (5e-6, 3e-3), log_y=True)
+    above = Axes(canvas, 86, 44, 484, 190, (0, 1), (65, 80))
+    below = Axes(canvas, 86, 308, 484, 150, (0, 1), (5e-6, 3e-3), log_y=True)
     drops = [0, *train.decay_lr_at, 1]
     for axes in (above, below):
         total = last if axes is above else train.epochs
@@ -50,11 +51,11 @@ def learning_rate():
     above.curve([(epoch / last, 100 * value) for epoch, value in published if value > 0.65], GREEN, dots=False)
     steps = [*range(0, train.warmup, 20)]  # the warm-up, then the ends of what stays the same
     epochs = [int(part * train.epochs + 1e-9) for part in drops]
-    for start, end in zip(epochs, epochs[1:]):
+    for start, end in itertools.pairwise(epochs):
         steps += [max(start * STEPS_PER_EPOCH, train.warmup), end * STEPS_PER_EPOCH - 1]
         rate = train.learning_rate(steps[-1], STEPS_PER_EPOCH)
         x, y = below.at((start + end) / 2 / train.epochs, rate)
-        canvas.text(x, y - 10, plainly(rate), anchor='middle', bold=True)
+        canvas.center(x, y - 10, plainly(rate))
     below.curve([(step / STEPS_PER_EPOCH / train.epochs, max(train.learning_rate(step, STEPS_PER_EPOCH), 5e-6))
                  for step in steps], INK, dots=False)
     return canvas
@@ -68,18 +69,18 @@ SHOWN = 6  # detections that are listed one by one
 def judged(found):
     """Return (detection, overlap with its class's object, whether it's true) for all of them, highest score first. Each
     class has one object in the photograph, which can be found once."""
-    boxes, lines, known = dog_objects()[0], [], set()
+    lines, known = [], set()
     for one in found:
-        place = [label for label, _ in OBJECTS].index(one['label']) if one['label'] in dict(OBJECTS) else None
-        overlap = 0 if place is None else find_jaccard_overlap(torch.tensor([one['box']]), boxes)[0, place].item()
+        place = [*OBJECTS].index(one['label']) if one['label'] in OBJECTS else None
+        overlap = 0 if place is None else find_jaccard_overlap(torch.tensor([one['box']]), BOXES)[0, place].item()
         lines.append((one, overlap, overlap > 0.5 and place not in known))
         known |= {place} if lines[-1][2] else set()
     return lines
 
 
 def eleven_points():
-    """Precision and recall down the ranked list of what the network says at step 40, all classes taken as one."""
-    lines = judged(read('teach')['steps']['40']['objects'])
+    """Precision and recall down the ranked list of what the network says at step 35, all classes taken as one."""
+    lines = judged(read('teach')['steps']['35']['objects'])
     true, n_objects = torch.tensor([hit for _, _, hit in lines]), len(OBJECTS)
     found, rank = true.cumsum(dim=0), torch.arange(1, len(true) + 1)
     precision, recall = (found / rank).tolist(), (found / n_objects).tolist()
@@ -124,7 +125,8 @@ def eleven_points():
 # --------------------------------------------------------------------------------------------- training runs
 
 # Runs on VOC, beside GluonCV's: (name, log, pictures in an epoch, where the name stands beside the last point).
-VOC_RUNS = (('one pass', 'voc/first_pass.csv', 1238, (10, 16)), ('three passes', 'voc/training_log.csv', 1238, (-8, -12)))
+VOC_RUNS = (('one pass', 'voc/first_pass.csv', 1238, (10, 16)),
+            ('three passes', 'voc/training_log.csv', 1238, (-8, -12)))
 VOC_REPORT = 'voc/report.json'  # of the run whose classes are shown
 
 
@@ -158,7 +160,7 @@ def results_bccd():
         points = log[f'{name}_loss']
         losses.curve(points, color)
         x, y = losses.at(*points[last // 2])
-        canvas.text(x + 24, y + shift, name, BLUE if color == BLUE else INK, 'middle', bold=True)
+        canvas.center(x + 24, y + shift, name, BLUE if color == BLUE else INK)
     mAP.curve([(epoch, 100 * value) for epoch, value in log['mAP']], GREEN)
     canvas.text(128, 322, 'average precision', bold=True)
     draw_classes(canvas, 16, 334, 568, ranked_classes(report))
@@ -181,8 +183,9 @@ def results_voc():
         points = [(epoch * pictures, 100 * value) for epoch, value in read_log(log)['mAP']]
         axes.curve(points, GREEN)
         x, y = axes.at(*points[-1])
-        canvas.text(x + right, y + down, f'{name}: {points[-1][1]:.1f}', GREEN, 'start' if right > 0 else 'end', bold=True)
-    canvas.text(16, 412, f'green: this code on a part of VOC, tested on {report["images"]:,} pictures', GREEN, bold=True)
+        anchor = 'start' if right > 0 else 'end'
+        canvas.text(x + right, y + down, f'{name}: {points[-1][1]:.1f}', GREEN, anchor, bold=True)
+    canvas.text(16, 412, f'green: here, a part of VOC, tested on {report["images"]:,} pictures', GREEN, bold=True)
     classes = ranked_classes(report)
     for i in (0, 1):
         draw_classes(canvas, 8 + i * 296, 450, 280, classes[10 * i:10 * i + 10])

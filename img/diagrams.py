@@ -10,26 +10,24 @@ import torch
 from torch.nn import functional as F
 
 from model import FEATURE_MAPS, SSD300
-from scenes import DOG, PRIOR_NAMES, Scene, dog_objects, dog_overlaps, network, prior, priors_xy, read
+from scenes import BOXES, CLASSES, DOG, PRIOR_NAMES, PRIORS, PRIORS_XY, Scene, priors_at, read
 from svg import AMBER, BLUE, EDGE, GRAY, GREEN, HAIRLINE, INK, LINE_HEIGHT, PURPLE, RED, WHITE, Canvas, tint
 from utils import IMAGE_SIZE, decimate, label_map
 
-POOLS = {'conv1_2': '2×2', 'conv2_2': '2×2', 'conv3_3': '2×2', 'conv4_3': '2×2', 'conv5_3': '3×3'}  # after these
-
 
 @functools.cache
-def layer_shapes():
-    """Return {name of a convolution: (channels, side)} of what each layer of SSD300 gives out."""
-    shapes = {}
+def layers():
+    """Return {name of a convolution: (channels, side of its map, stride)} of all layers of SSD300."""
+    found = {}
     # On the "meta" device, tensors have shapes but no values: nothing is computed.
     with torch.device('meta'), torch.no_grad():
         model = SSD300(n_classes=len(label_map))
-        for part in (model.base, model.aux_convs, model.pred_convs):
+        for part in (model.base, model.aux_convs):
             for name, layer in part.named_children():
-                layer.register_forward_hook(
-                    lambda _, __, output, name=name: shapes.__setitem__(name, tuple(output.shape[1:3])))
+                layer.register_forward_hook(lambda layer, _, output, name=name: found.__setitem__(
+                    name, (*output.shape[1:3], layer.stride[0])))
         model(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
-    return shapes
+    return found
 
 
 # --------------------------------------------------------------------------------- feature maps in a row
@@ -58,27 +56,26 @@ def draw_stages(canvas, y, stages, columns, continued=False):
         if previous_end is not None:
             canvas.arrow(previous_end + 2, y + 50, left - 2, y + 50)
         previous_end = right
-        canvas.text(center, y + 126, f'{stage.side} × {stage.side}\n× {stage.channels}', anchor='middle', bold=True)
+        canvas.center(center, y + 126, f'{stage.side} × {stage.side}\n× {stage.channels}')
         for line, text in enumerate(stage.layers):
             changed = line in stage.changes
             at_y = y + 184 + line * LINE_HEIGHT
             if changed:
                 canvas.rect(center - column / 2 + 3, at_y - 19, column - 6, 25, WHITE, INK, corner=3)
-            canvas.text(center, at_y, text, anchor='middle', bold=changed)
+            canvas.center(center, at_y, text, bold=changed)
 
 
 def blocks():
     """Return the convolutions of VGG's five blocks: [['conv1_1', 'conv1_2'], …]."""
-    names = [name for name, _ in network().base.named_children() if '_' in name]
-    return [[name for name in names if name.startswith(f'conv{block}')] for block in range(1, 6)]
+    return [[name for name in layers() if name.startswith(f'conv{block}_')] for block in range(1, 6)]
 
 
 def vgg16():
     """VGG-16 for the classification of ImageNet, as the authors of SSD found it."""
     side, stages = 224, [Stage(['image'], 3, 224)]
-    for layers in blocks():
-        channels = layer_shapes()[layers[-1]][0]
-        stages.append(Stage([*layers, 'pool 2×2'], channels, side))
+    for convs in blocks():
+        channels = layers()[convs[-1]][0]
+        stages.append(Stage([*convs, 'pool 2×2'], channels, side))
         side //= 2
     stages += [Stage(['after the', 'last pool'], channels, side), Stage(['fc6'], 4096, 1), Stage(['fc7'], 4096, 1),
                Stage(['fc8'], 1000, 1)]
@@ -90,13 +87,13 @@ def vgg16():
 
 def modified_vgg16():
     """The base of SSD300: what was changed, and the maps of conv4_3 and conv7, which are used for predictions."""
-    shapes, stages = layer_shapes(), [Stage(['image'], 3, IMAGE_SIZE, changes=(0,))]
-    for block, layers in enumerate(blocks(), start=1):
-        lines = [*layers, f'pool {POOLS[layers[-1]]}', *{3: ['rounding up'], 5: ['stride 1']}.get(block, [])]
-        changes = (3, 4) if block in (3, 5) else ()
-        stages.append(Stage(lines, *shapes[layers[-1]], block == 4, changes))
-    stages += [Stage(['conv6 3×3', 'dilation 6'], *shapes['conv6'], changes=(0, 1)),
-               Stage(['conv7 1×1'], *shapes['conv7'], True, (0,))]
+    stages = [Stage(['image'], 3, IMAGE_SIZE, changes=(0,))]
+    pools = {3: ['pool 2×2', 'rounding up'], 5: ['pool 3×3', 'stride 1']}
+    for block, convs in enumerate(blocks(), start=1):
+        stages.append(Stage([*convs, *pools.get(block, ['pool 2×2'])], *layers()[convs[-1]][:2], block == 4,
+                            (3, 4) if block in pools else ()))
+    stages += [Stage(['conv6 3×3', 'dilation 6'], *layers()['conv6'][:2], changes=(0, 1)),
+               Stage(['conv7 1×1'], *layers()['conv7'][:2], True, (0,))]
     canvas = Canvas(height=690)
     draw_stages(canvas, 16, stages[:4], columns=4)
     draw_stages(canvas, 316, stages[4:], columns=4, continued=True)
@@ -109,11 +106,11 @@ def modified_vgg16():
 
 def auxiliary_convolutions():
     """The eight layers on top of the base; every second one gives a feature map for predictions."""
-    shapes, stages = layer_shapes(), [Stage(['from the base'], *layer_shapes()['conv7'], True)]
-    convs = list(network().aux_convs.named_children())
-    for (first, _), (second, conv) in zip(convs[::2], convs[1::2]):
-        how = f'stride {conv.stride[0]}' if conv.stride[0] > 1 else 'no padding'
-        stages.append(Stage([f'{first} 1×1', f'→ {shapes[first][0]}', f'{second} 3×3', how], *shapes[second], True))
+    stages = [Stage(['from the base'], *layers()['conv7'][:2], True)]
+    for block in range(8, 12):
+        first, (second, side, stride) = layers()[f'conv{block}_1'][0], layers()[f'conv{block}_2']
+        how = f'stride {stride}' if stride > 1 else 'no padding'
+        stages.append(Stage([f'conv{block}_1 1×1', f'→ {first}', f'conv{block}_2 3×3', how], second, side, True))
     canvas = Canvas(height=292, width=660)
     draw_stages(canvas, 16, stages, columns=5)
     return canvas
@@ -121,35 +118,34 @@ def auxiliary_convolutions():
 
 def ssd300():
     """The whole network: image, base and auxiliary convolutions, six feature maps, predictions."""
-    shapes, column, total = layer_shapes(), 94, 0
-    canvas = Canvas(height=640)
-    Scene(canvas, DOG, 24, 20, 110, 110)
-    canvas.text(79, 152, f'image\n{IMAGE_SIZE} × {IMAGE_SIZE} × 3', anchor='middle')
-    canvas.arrow(138, 75, 176, 75)
-    for x, width, text in ((180, 150, 'base\n(VGG-16)'), (376, 206, 'auxiliary\nconvolutions')):
-        canvas.rect(x, 42, width, 66, tint(GRAY), GRAY, corner=6)
-        canvas.text(x + width / 2, 69, text, anchor='middle', bold=True)
-    canvas.arrow(334, 75, 372, 75)
+    column, total = 94, 0
+    canvas = Canvas(height=652)
+    Scene(canvas, DOG, 18, 16, 100, 100)
+    canvas.text(130, 60, f'the image:\n{IMAGE_SIZE} × {IMAGE_SIZE} × 3')
+    canvas.arrow(68, 120, 68, 142)
+    for x, width, text in ((18, 184, 'base (VGG-16)'), (232, 347, 'auxiliary convolutions')):
+        canvas.rect(x, 146, width, 38, tint(GRAY), GRAY, corner=6)
+        canvas.center(x + width / 2, 171, text)
+    canvas.arrow(204, 165, 230, 165)
     for i, feature_map in enumerate(FEATURE_MAPS):
-        channels, side = shapes[feature_map.name]
+        channels, side, _ = layers()[feature_map.name]
         x, size, depth = 18 + i * column, 9.5 * side ** 0.5, 0.42 * channels ** 0.5
-        top = (205, 305, 402, 453, 504, 556)[i]  # where it comes out of its part
-        canvas.path([(top, 108), (top, 196), (x + 47, 196)] if i > 1 else [(top, 108), (top, 196), (x + 47, 196)])
-        canvas.arrow(x + 47, 196, x + 47, 214)
-        canvas.volume(x + 44 - size / 2, 270 - size / 2, size, size, depth, INK)
-        canvas.grid(x + 44 - size / 2, 270 - size / 2, size, size, side, side, tint(INK, 0.6))
-        canvas.text(x + 47, 346, feature_map.name, anchor='middle', bold=True)
-        canvas.text(x + 47, 372, f'{side} × {side}\n× {channels}', anchor='middle')
-        canvas.arrow(x + 47, 406, x + 47, 472)
+        canvas.arrow(x + 50, 186, x + 50, 218)
+        canvas.volume(x + 44 - size / 2, 264 - size / 2, size, size, depth, INK)
+        canvas.grid(x + 44 - size / 2, 264 - size / 2, size, size, side, side, tint(INK, 0.6))
+        canvas.center(x + 47, 328, feature_map.name)
+        canvas.center(x + 47, 354, f'{side} × {side}\n× {channels}', bold=False)
+        canvas.arrow(x + 47, 390, x + 47, 414)
+        canvas.arrow(x + 47, 450, x + 47, 474)
         count = side ** 2 * feature_map.n_priors
         total += count
-        for y, color, text in ((476, BLUE, f'{count} × 4'), (514, AMBER, f'{count} × {len(label_map)}')):
+        for y, color, text in ((478, BLUE, f'{count} × 4'), (516, AMBER, f'{count} × {len(label_map)}')):
             canvas.rect(x, y, 91, 36, tint(color), color)
-            canvas.text(x + 45, y + 24, text, anchor='middle')
-    canvas.rect(18, 422, 561, 30, tint(GRAY), GRAY, corner=6)
-    canvas.text(300, 443, 'prediction convolutions', anchor='middle', bold=True)
-    canvas.text(18, 584, f'together {total} × 4 offsets from the priors', BLUE, bold=True)
-    canvas.text(18, 612, f'and {total} × {len(label_map)} scores of the classes', bold=True)
+            canvas.center(x + 45, y + 24, text, bold=False)
+    canvas.rect(18, 418, 561, 34, tint(GRAY), GRAY, corner=6)
+    canvas.center(300, 441, 'prediction convolutions')
+    canvas.text(18, 590, f'together {total} × 4 offsets from the priors', BLUE, bold=True)
+    canvas.text(18, 620, f'and {total} × {len(label_map)} scores of the classes', bold=True)
     return canvas
 
 
@@ -165,8 +161,7 @@ def draw_channels(canvas, x, y, values, in_a_row=False):
         for cell, value in enumerate(values[channel].flatten().tolist()):
             left, top = (channel * 4 + cell, 0) if in_a_row else (cell % 2, channel * 2.25 + cell // 2)
             canvas.rect(x + left * CELL, y + top * CELL, CELL, CELL, color, INK, stroke_width=HAIRLINE)
-            canvas.text(x + (left + 0.5) * CELL, y + (top + 0.5) * CELL + 6, f'{value:.0f}'.replace('-', '−'),
-                        anchor='middle')
+            canvas.center(x + (left + 0.5) * CELL, y + top * CELL + 22, f'{value:.0f}'.replace('-', '−'), bold=False)
 
 
 def fc_as_conv():
@@ -199,7 +194,7 @@ def fc_as_conv():
         canvas.arrow(x + 2 * CELL + 6, 460, x + 2 * CELL + 30, 460)
         canvas.text(x + 2 * CELL + 36, 467, f'Y{i} = {output:.0f}'.replace('-', '−'), title=True)
     torch.testing.assert_close(as_linear, as_convolution)
-    canvas.text(300, 634, 'the same 12 products, the same sums', anchor='middle', title=True)
+    canvas.center(300, 634, 'the same 12 products, the same sums', title=True)
     return canvas
 
 
@@ -229,7 +224,7 @@ def draw_kernel(canvas, x, y, values, kept, spread, cell=29):
             left, top = x + column * spread * cell, y + row * spread * cell
             if value in kept:
                 canvas.rect(left, top, cell, cell, tint(INK, 0.3))
-            canvas.text(left + cell / 2, top + cell / 2 + 6, str(value), anchor='middle')
+            canvas.center(left + cell / 2, top + cell / 2 + 6, str(value), bold=False)
     canvas.grid(x, y, side * cell, side * cell, side, side)
     canvas.rect(x, y, side * cell, side * cell, stroke=EDGE, stroke_width=HAIRLINE)
 
@@ -257,31 +252,30 @@ def prediction_convolutions():
     channels = FEATURE_MAPS[3].channels
     right, bottom = draw_map(canvas, 20, 160, channels, GRAY)
     canvas.rect(20 + (TILE[1] - 1) * 24, 160 + (TILE[0] - 1) * 24, 72, 72, WHITE, INK, opacity=0.6)
-    canvas.text(82, bottom + 32, f'conv9_2\n{GRID} × {GRID} × {channels}', anchor='middle', bold=True)
+    canvas.center(82, bottom + 32, f'conv9_2\n{GRID} × {GRID} × {channels}')
     for y, color, text, count, of in ((54, BLUE, 'localization', f'{N_PRIORS} · 4', N_PRIORS * 4),
                                       (254, AMBER, 'classes', f'{N_PRIORS} · n', N_PRIORS * 21)):
         canvas.arrow(right + 6, 208, 240, y + 36)
         for i in (2, 1, 0):
             canvas.volume(252 + i * 15, y + 16 - i * 10, 54, 54, 22, color)
         canvas.grid(252, y + 16, 54, 54, 3, 3, color)
-        canvas.text(304, y + 106, f'{text}:\n{count} filters\n3 × 3 × {channels}', anchor='middle', bold=True)
+        canvas.center(304, y + 106, f'{text}:\n{count} filters\n3 × 3 × {channels}')
         canvas.arrow(364, y + 36, 418, y + 36)
         draw_map(canvas, 432, y, of, color, 24, [TILE])
-        canvas.text(505, y + 150, f'{GRID} × {GRID} × ({count})', anchor='middle', bold=True)
+        canvas.center(505, y + 150, f'{GRID} × {GRID} × ({count})')
     return canvas
 
 
 def prediction_channels():
     """The channels of one tile: four offsets and n scores for each of its priors, which are drawn."""
     canvas = Canvas(height=620)
-    names, left, width = ['c_x', 'c_y', 'w', 'h', 'none', 'bicycle', 'dog'], 150, 42
-    widths = [width] * 4 + [54, 70, 42]
+    names, left, width = ['c_x', 'c_y', 'w', 'h', 'backgr.', 'bicycle', 'dog'], 134, 42
+    widths = [width] * 4 + [70, 70, 42]
     for y, color, n, text in ((112, BLUE, 4, 'offsets'), (382, AMBER, N_CLASSES, 'scores')):
         _, bottom = draw_map(canvas, 16, y, N_PRIORS * n, color, 16, [TILE])
-        canvas.text(64, bottom + 30, f'one tile has\n{N_PRIORS * n} channels:\n{N_PRIORS} × {n}\n{text}',
-                    anchor='middle')
+        canvas.center(64, bottom + 30, f'one tile has\n{N_PRIORS * n} channels:\n{N_PRIORS} × {n}\n{text}', bold=False)
     canvas.text(left, 32, 'the tile\'s channels, counted from 0', bold=True)
-    canvas.text(542, 32, 'prior', RED, anchor='middle', bold=True)
+    canvas.center(542, 32, 'prior', RED)
     for kind in range(N_PRIORS):
         x, y = left, 64 + kind * 92
         for i, (name, wide) in enumerate(zip(names, widths)):
@@ -289,14 +283,14 @@ def prediction_channels():
             color = BLUE if i < 4 else AMBER
             x += 8 if i == 4 else 0
             if kind == 0:
-                canvas.text(x + wide / 2, y + 10, name, anchor='middle')
+                canvas.center(x + wide / 2, y + 10, name, bold=False)
             canvas.rect(x, y + 22, wide, 38, tint(color, 0.35), color, stroke_width=HAIRLINE)
-            canvas.text(x + wide / 2, y + 47, str(first), anchor='middle')
+            canvas.center(x + wide / 2, y + 47, str(first), bold=False)
             x += wide
         canvas.brace(x + 5, y + 14, 54)
         scene = Scene(canvas, DOG, 510, y, 78, 78, faded=True)
         scene.grid(GRID)
-        scene.box(priors_xy()[prior('conv9_2', *TILE, kind)].tolist(), RED)
+        scene.box(priors_at('conv9_2', *TILE)[kind].tolist(), RED)
     return canvas
 
 
@@ -306,7 +300,7 @@ def reshaping():
     total = GRID ** 2 * N_PRIORS
     for y, channels, color in ((56, N_PRIORS * 4, BLUE), (256, N_PRIORS * N_CLASSES, AMBER)):
         right, bottom = draw_map(canvas, 16, y, channels, color, 18, [(0, 0)])
-        canvas.text(66, bottom + 28, f'{GRID} × {GRID} × {channels}', anchor='middle', bold=True)
+        canvas.center(66, bottom + 28, f'{GRID} × {GRID} × {channels}')
         canvas.arrow(right + 6, y + 50, 168, y + 50)
     rows = [['row', 'tile', 'prior', 'offsets', f'{N_CLASSES} scores']]
     for i in (0, 1, 2, 3, 4, 5, 6, None, total - 2, total - 1):
@@ -319,8 +313,8 @@ def reshaping():
     canvas.table(178, 20, (54, 58, 74, 140, 120), rows, fills)
     for x, width, columns in ((364, 140, 4), (504, 120, N_CLASSES)):
         canvas.grid(x, 53, width, 330, columns, 1, WHITE)
-    canvas.text(434, 410, f'{total} × 4', BLUE, 'middle', bold=True)
-    canvas.text(564, 410, f'{total} × {N_CLASSES}', anchor='middle', bold=True)
+    canvas.center(434, 410, f'{total} × 4', BLUE)
+    canvas.center(564, 410, f'{total} × {N_CLASSES}')
     canvas.text(178, 446, 'row by row, tile by tile, prior by prior')
     return canvas
 
@@ -329,12 +323,12 @@ def reshaping():
 
 def data_flow():
     """The way of a picture through the network, to a loss in training or to objects in detection."""
-    canvas, total, said = Canvas(height=860), len(priors_xy()), read('teach')['steps']['60']
+    canvas, total, said = Canvas(height=860), len(PRIORS), read('teach')['steps']['60']
     Scene(canvas, DOG, 20, 20, 150)
-    canvas.text(95, 156, 'a picture', anchor='middle')
+    canvas.center(95, 156, 'a picture', bold=False)
     canvas.arrow(174, 76, 206, 76)
     Scene(canvas, DOG, 210, 20, 112, 112)
-    canvas.text(266, 156, f'{IMAGE_SIZE} × {IMAGE_SIZE}', anchor='middle')
+    canvas.center(266, 156, f'{IMAGE_SIZE} × {IMAGE_SIZE}', bold=False)
     canvas.arrow(326, 76, 358, 76)
     x = 364
     for feature_map in FEATURE_MAPS:
@@ -342,28 +336,29 @@ def data_flow():
         canvas.volume(x, 78 - size / 2, size, size, depth, INK)
         canvas.grid(x, 78 - size / 2, size, size, feature_map.grid, feature_map.grid, tint(INK, 0.6))
         x += size + 0.7 * depth + 5
-    canvas.text(472, 156, 'six feature maps', anchor='middle')
+    canvas.center(472, 156, 'six feature maps', bold=False)
     canvas.path([(472, 166), (472, 182), (300, 182)])
     canvas.arrow(300, 182, 300, 204)
     for x, color, text in ((70, BLUE, f'{total} × 4 offsets'), (306, AMBER, f'{total} × {len(label_map)} scores')):
         canvas.rect(x, 208, 224, 44, tint(color), color)
-        canvas.text(x + 112, 237, text, anchor='middle', bold=True)
+        canvas.center(x + 112, 237, text)
 
     def step(x, y, width, text, color, fill=None):
         lines = text.count('\n') + 1
         canvas.rect(x, y, width, 18 + lines * LINE_HEIGHT, fill or tint(color), color, corner=6)
-        canvas.text(x + width / 2, y + 28, text, anchor='middle')
+        canvas.center(x + width / 2, y + 28, text, bold=False)
 
-    canvas.arrow(160, 256, 160, 306)
-    canvas.arrow(440, 256, 440, 306)
-    canvas.text(150, 286, 'training', anchor='end', bold=True)
-    canvas.text(450, 286, 'detection', bold=True)
-    boxes, _ = dog_objects()
-    positive = priors_xy()[dog_overlaps()[1] > 0]
+    canvas.path([(182, 254), (182, 264), (418, 264), (418, 254)])  # both go both ways
+    for x in (155, 445):
+        canvas.path([(300, 264), (300, 276), (x, 276)])
+        canvas.arrow(x, 276, x, 306)
+    canvas.text(143, 298, 'training', anchor='end', bold=True)
+    canvas.text(457, 298, 'detection', bold=True)
+    positive = PRIORS_XY[CLASSES > 0].clamp(0, 1)
     step(20, 310, 270, f'matched with {total} priors:\nobjects claim theirs', RED)
     scene = Scene(canvas, DOG, 20, 392, 130, 130, faded=True)
     scene.boxes(positive, GREEN, thin=True)
-    scene.boxes(boxes, PURPLE)
+    scene.boxes(BOXES, PURPLE)
     canvas.text(162, 424, f'{len(positive)} positive\npriors,', GREEN, bold=True)
     canvas.text(162, 480, f'{3 * len(positive)} hard\nnegatives', GRAY, bold=True)
     canvas.arrow(160, 530, 160, 566)

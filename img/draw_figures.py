@@ -27,7 +27,6 @@ only: list[str] | None = None  # file names of the figures to draw; None: all
 record: str | None = None  # checkpoint of a trained network: what it finds in the photographs
 record_teach: bool = False  # train a network on the one photograph, some minutes: what it says along the way
 record_quick_start: list[str] | None = None  # checkpoints of the quick start after some of its epochs
-picture: str = 'emoji_voc/VOC2007/JPEGImages/000006.jpg'  # the training picture in which those look
 
 # Each draws the figure of its own name. In the order of the README.
 FIGURES = {f'{function.__name__}.svg': function for function in (
@@ -53,8 +52,8 @@ def main():
         recorded.record_photos(record)
     if record_teach:
         recorded.record_teach()
-    for checkpoint in record_quick_start or ():
-        recorded.record_quick_start(checkpoint, picture)
+    if record_quick_start:
+        recorded.record_quick_start(record_quick_start)
     make_folder(output_folder)
     for name in names:
         FIGURES[name]().save(Path(output_folder, name))

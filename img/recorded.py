@@ -1,14 +1,15 @@
-"""What networks said, written down as JSON with boxes in fractional boundary coordinates, and the figures that are drawn
-from it without a network: of one that memorizes the photograph, and of one that was trained on many."""
+"""What networks said, written down as JSON with boxes in fractional boundary coordinates, and the figures that are
+drawn from it without a network: of one that memorizes the photograph, and of one that was trained on many."""
 
 import json
+from collections import Counter
 
 import torch
 from torch.nn import functional as F
 
 import utils
 from model import FEATURE_MAPS, SSD300, MultiBoxLoss, load_model
-from scenes import DOG, HERE, OBJECTS, Scene, dog_objects, dog_overlaps, priors_xy, read
+from scenes import BOXES, CLASSES, DOG, HERE, LABELS, OBJECTS, PRIORS, PRIORS_XY, Scene, read
 from svg import AMBER, BLUE, GRAY, GREEN, LINE_HEIGHT, PURPLE, Canvas, tint
 from utils import find_jaccard_overlap, label_map, load_checkpoint, replaced_file, rev_label_map
 
@@ -21,8 +22,9 @@ FAILURES = (('sheep.jpg', 0.2, 'bad boxes around ewe and lamb,\none of them a do
 HERO = 'memorized'  # whose detections the hero shows: 'memorized', or 'trained' for those of --record
 
 MIN_SCORE, MAX_OVERLAP, TOP_K = 0.2, 0.5, 200  # as in detect.py
-RECORDED_STEPS = (1, 20, 40, 60)
-FULL_STEPS = (40, 60)  # of these, candidates, scores and hard negatives are written down as well
+SHOWN_STEPS = 1, 20, 40, 60
+RECORDED_STEPS = 1, 20, 35, 40, 60  # at step 35 the objects have a ranking from which average precision can be learned
+FULL_STEPS = 40, 60  # of these, candidates, scores and hard negatives are written down as well
 
 
 def write(name, content):
@@ -68,19 +70,16 @@ def record_photos(checkpoint):
     write('photos', record)
 
 
-def record_quick_start(checkpoint, picture):
-    """What a checkpoint of the quick start finds in a training picture (its path inside img/), without duplicates.
-    Records of other epochs and the same picture stay."""
-    record = read('quick_start')
-    if record['picture'] != picture:
-        record = {'picture': picture, 'epochs': {}}
-    model, own_label_map = load_model(checkpoint)
-    names = {number: label for label, number in own_label_map.items()}
-    with torch.no_grad():
-        output = model(image_of(HERE / picture, model)[None])
-    found = model.detect_objects(*output, MIN_SCORE, max_overlap=0.2, top_k=4)
-    epoch = load_checkpoint(checkpoint)['epoch']
-    record['epochs'][str(epoch)] = rounded(*(values[0] for values in found), names)
+@torch.no_grad()
+def record_quick_start(checkpoints):
+    """What checkpoints of the quick start find in one training picture, without duplicates."""
+    record = read('quick_start') | {'epochs': {}}
+    for checkpoint in checkpoints:
+        model, own_label_map = load_model(checkpoint)
+        names = {number: label for label, number in own_label_map.items()}
+        output = model(image_of(HERE / record['picture'], model)[None])
+        found = model.detect_objects(*output, MIN_SCORE, max_overlap=0.2, top_k=4)
+        record['epochs'][str(load_checkpoint(checkpoint)['epoch'])] = rounded(*(values[0] for values in found), names)
     write('quick_start', record)
 
 
@@ -88,15 +87,14 @@ def record_teach():
     """Teach an untrained network the one photograph, as the README does, and write down what it says at some steps:
     the output from which that step's loss is computed."""
     torch.set_num_threads(1)  # several add up in another order each time, and sixty steps make that visible
-    boxes, labels = dog_objects()
-    criterion = MultiBoxLoss(SSD300.create_prior_boxes())
+    criterion = MultiBoxLoss(PRIORS)
     torch.manual_seed(0)
     student = SSD300(n_classes=len(label_map))
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-3, momentum=0.9)
     image, record = image_of(DOG, student), {'steps': {}}
     for step in range(1, max(RECORDED_STEPS) + 1):
         predicted_locs, predicted_scores = student(image[None])  # (1, 8732, 4), (1, 8732, 21)
-        loss = criterion(predicted_locs, predicted_scores, [boxes], [labels])
+        loss = criterion(predicted_locs, predicted_scores, [BOXES], [LABELS])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 10)
@@ -107,7 +105,7 @@ def record_teach():
             said = {'loss': round(loss.item(), 2)}
             said |= what_it_says(student, *output, rev_label_map, full=step in FULL_STEPS)
             if step in FULL_STEPS:
-                said |= inner_life(output[1][0], dog_overlaps()[1], criterion.neg_pos_ratio)
+                said |= inner_life(output[1][0], CLASSES, criterion.neg_pos_ratio)
             record['steps'][str(step)] = said
     write('teach', record)
 
@@ -120,9 +118,8 @@ def inner_life(scores, classes, ratio):
     counts = [feature_map.grid ** 2 * feature_map.n_priors for feature_map in FEATURE_MAPS]
     maps = []
     for feature_map, values, names in zip(FEATURE_MAPS, best.split(counts), believed.split(counts)):
-        values = (100 * values).round().int().view(feature_map.grid, feature_map.grid, -1)  # in percent
-        maps.append({'best': rev_label_map[int(names[values.flatten().argmax()]) + 1],
-                     'percent': values.amax(dim=2).tolist()})
+        percent = (100 * values).round().int().view(feature_map.grid, feature_map.grid, -1).amax(dim=2).tolist()
+        maps.append({'best': rev_label_map[int(names[values.argmax()]) + 1], 'percent': percent})
     losses = F.cross_entropy(scores, classes, reduction='none').masked_fill(classes > 0, 0)  # (8732)
     hard = losses.argsort(descending=True, stable=True)[:ratio * int((classes > 0).sum())].tolist()
     motorbike = (classes == label_map['motorbike']).nonzero().item()  # its only positive prior
@@ -138,11 +135,11 @@ def clipped(box):
     return [min(max(value, 0), 1) for value in box]
 
 
-def draw_found(scene, found, with_score=True, n_labels=None):
-    """The boxes of detections, the best on top, and labels at the best of them that are large enough."""
+def draw_found(scene, found, with_score=True):
+    """The boxes of detections, the best on top, and labels at those that are large enough."""
     for one in reversed(found):
         scene.box(clipped(one['box']), BLUE)
-    for one in found[:n_labels]:
+    for one in found:
         left, top, right, bottom = clipped(one['box'])
         if (right - left) * scene.width > 20 and (bottom - top) * scene.height > 20:
             scene.label((left, top, right, bottom), AMBER,
@@ -158,7 +155,7 @@ def hero():
     """The photograph, the priors that match, the candidates, and the objects found."""
     said = read('teach')['steps']['60'] if HERO == 'memorized' else read('photos')['photos']['dog.jpg']
     canvas = Canvas(width=720, height=248, shown_width=1000)
-    positive = priors_xy()[dog_overlaps()[1] > 0].clamp(0, 1)
+    positive = PRIORS_XY[CLASSES > 0].clamp(0, 1)
     texts = ('a photograph', f'{len(positive)} priors match', f'{len(said["candidates"])} candidates',
              f'{len(said["objects"])} objects')
     x = 12
@@ -172,7 +169,7 @@ def hero():
             draw_thin(scene, said['candidates'])
         elif i == 3:
             draw_found(scene, said['objects'], with_score=False)
-        canvas.text(x + width / 2, 232, text, anchor='middle', bold=True)
+        canvas.center(x + width / 2, 232, text)
         if i < 3:
             canvas.arrow(x + width + 1, 108, x + width + 14, 108)
         x += width + 15
@@ -184,10 +181,10 @@ def quick_start_training():
     record = read('quick_start')
     path, epochs = HERE / record['picture'], sorted(record['epochs'], key=int)
     canvas = Canvas(height=36 + -(-len(epochs) // 3) * 260)
-    canvas.text(300, canvas.height - 14, 'the three most confident boxes after each of these epochs', anchor='middle')
+    canvas.center(300, canvas.height - 14, 'the three most confident boxes after each of these epochs', bold=False)
     for i, epoch in enumerate(epochs):
         x, y, found = 16 + i % 3 * 192, 12 + i // 3 * 258, record['epochs'][epoch][:3]
-        canvas.text(x + 92, y + 18, f'epoch {epoch}', anchor='middle', bold=True)
+        canvas.center(x + 92, y + 18, f'epoch {epoch}')
         scene = Scene(canvas, path, x, y + 28, 184)
         for one in reversed(found):
             scene.box(clipped(one['box']), BLUE)
@@ -225,15 +222,15 @@ def failures():
 
 def teach():
     """What the network that learns one photograph sees in it, at four steps."""
-    canvas, steps = Canvas(height=530), read('teach')['steps']
-    for i, (step, said) in enumerate(steps.items()):
+    canvas = Canvas(height=530)
+    for i, step in enumerate(SHOWN_STEPS):
+        said = read('teach')['steps'][str(step)]
         x, y, found = 16 + i % 2 * 288, 16 + i // 2 * 258, said['objects']
         scene = Scene(canvas, DOG, x, y, 280)
-        if len(found) > 40:
-            draw_thin(scene, found)
-        else:
-            draw_found(scene, found, n_labels=4)
-        canvas.text(x, y + scene.height + 26, f'step {step}: loss {said["loss"]:.1f}, {len(found)} objects', bold=True)
+        draw_thin(scene, found)
+        if len(found) < TOP_K:
+            draw_found(scene, found[:4])
+        canvas.text(x, y + scene.height + 26, f'step {step}: loss {said["loss"]:.1f}, {len(found)} boxes', bold=True)
     return canvas
 
 
@@ -248,10 +245,9 @@ def score_maps():
             for column, value in enumerate(values):
                 if value >= 5:
                     canvas.rect(x + column * cell, y + row * cell, cell, cell, AMBER, opacity=f'{value / 100:.2f}')
-        canvas.text(x + side / 2, y + side + 24, feature_map.name, anchor='middle', bold=True)
-        canvas.text(x + side / 2, y + side + 49, f'{scores["best"]} {max(map(max, percent)) / 100:.2f}',
-                    anchor='middle')
-    canvas.text(300, 544, 'the best score at each position, and the highest of each map', anchor='middle')
+        canvas.center(x + side / 2, y + side + 24, feature_map.name)
+        canvas.center(x + side / 2, y + side + 49, f'{scores["best"]} {max(map(max, percent)) / 100:.2f}', bold=False)
+    canvas.center(300, 544, 'the best score at each position, and the highest of each map', bold=False)
     return canvas
 
 
@@ -261,27 +257,21 @@ def hard_negatives():
     canvas = Canvas(height=470)
     scene = Scene(canvas, DOG, 16, 16, 380, 380, faded=True)
     for one in hard:
-        scene.box(clipped(priors_xy()[one['prior']].tolist()), GRAY, thin=True)
-    drawn = []
-    for one in hard:  # the worst of each class, among the worst
-        if one['label'] not in [other['label'] for other in drawn] and len(drawn) < 4:
-            drawn.append(one)
-            scene.box(clipped(priors_xy()[one['prior']].tolist()), GRAY)
-    for one in drawn:
-        scene.label(clipped(priors_xy()[one['prior']].tolist()), AMBER, one['label'])
+        scene.box(clipped(PRIORS_XY[one['prior']].tolist()), GRAY, thin=True)
+    inside = [one for one in hard if PRIORS_XY[one['prior']].min() >= 0 and PRIORS_XY[one['prior']].max() <= 1]
+    worst = list({one['label']: one for one in reversed(inside)}.values())[-4:]  # the first of each class
+    for one in worst:
+        scene.box(PRIORS_XY[one['prior']].tolist(), GRAY)
+    for one in worst:
+        scene.label(PRIORS_XY[one['prior']].tolist(), AMBER, one['label'])
     canvas.text(412, 36, f'{len(hard)} hard negatives:\nit sees here', bold=True)
-    believed = {}
-    for one in hard:
-        believed[one['label']] = believed.get(one['label'], 0) + 1
-    ranked = sorted(believed.items(), key=lambda item: -item[1])
-    lines = [(label, count) for label, count in ranked[:7]]
-    lines.append(('others', len(hard) - sum(count for _, count in lines)))
+    ranked = Counter(one['label'] for one in hard).most_common()
+    lines = [*ranked[:7], ('others', sum(count for _, count in ranked[7:]))]
     for i, (label, count) in enumerate(lines):
-        y = 96 + i * 36
-        canvas.rect(412, y - 20, 172 * count / lines[0][1], 28, tint(AMBER, 0.6))
-        canvas.text(418, y, f'{count} {label}')
-    canvas.text(16, 424, f'after 40 steps; their losses fall from {hard[0]["loss"]:.1f} to {hard[-1]["loss"]:.1f}; '
-                'framed: the worst of\nfour classes')
+        canvas.rect(412, 76 + i * 36, 172 * count / lines[0][1], 28, tint(AMBER, 0.6))
+        canvas.text(418, 96 + i * 36, f'{count} {label}')
+    canvas.text(16, 424, f'at step 40, with losses from {hard[0]["loss"]:.1f} down to {hard[-1]["loss"]:.1f}; '
+                'framed are the worst of\nfour classes among those that lie inside the picture')
     return canvas
 
 
@@ -290,7 +280,7 @@ def hard_negatives():
 def candidates():
     """Return {label: (scores, boxes, overlaps with the best)} of the candidates at step 60, highest score first."""
     classes = {}
-    for label, _ in OBJECTS:
+    for label in OBJECTS:
         own = [one for one in read('teach')['steps']['60']['candidates'] if one['label'] == label]
         if own:
             boxes = torch.tensor([one['box'] for one in own])
@@ -307,8 +297,8 @@ def nms_candidates():
     for label, (scores, boxes, _) in classes.items():
         around = (*boxes[:, :2].amin(dim=0).clamp(min=0).tolist(), *boxes[:, 2:].amax(dim=0).clamp(max=1).tolist())
         scene.label(around, AMBER, f'{len(scores)} × {label}')
-    canvas.text(300, 470, f'step 60: {sum(len(scores) for scores, _, _ in classes.values())} candidates with a score '
-                f'above {MIN_SCORE}', anchor='middle')
+    n_candidates = sum(len(scores) for scores, _, _ in classes.values())
+    canvas.center(300, 470, f'step 60: {n_candidates} candidates with a score above {MIN_SCORE}', bold=False)
     return canvas
 
 
@@ -324,12 +314,14 @@ def nms_overlaps():
                  if i == 1 or overlaps[i - 1] > MAX_OVERLAP}
         canvas.table(16, y, (96, *[59] * shown), rows, fills)
         y += 125
-        words = f'{label} 1 suppresses all others: they overlap it by {min(overlaps[1:]):.2f} to {max(overlaps[1:]):.2f}'
-        canvas.text(16, y, words if min(overlaps) > MAX_OVERLAP else '')
+        if min(overlaps) > MAX_OVERLAP:
+            canvas.text(16, y, f'{label} 1 suppresses all {len(scores) - 1} others: they overlap it by '
+                        f'{min(overlaps):.2f} to {max(overlaps[1:]):.2f}')
         y += 24
     best = {label: boxes[:1] for label, (_, boxes, _) in classes.items()}
     overlap = find_jaccard_overlap(best['dog'], best['bicycle']).item()
-    canvas.text(16, y + 12, f'dog 1 and bicycle 1 overlap by {overlap:.2f}; classes never suppress\neach other', bold=True)
+    canvas.text(16, y + 12, f'dog 1 and bicycle 1, which overlap by {overlap:.2f}, would both stay\n'
+                'at any overlap: classes never suppress each other', bold=True)
     canvas.height = y + 56
     return canvas
 
@@ -338,8 +330,8 @@ def nms_result():
     """What suppression leaves at step 60, and what is missed."""
     canvas, said = Canvas(height=486), read('teach')['steps']['60']
     scene = Scene(canvas, DOG, 16, 16, 568)
-    scene.box(dog_objects()[0][3].tolist(), PURPLE, dashed=True)
+    scene.box(BOXES[3].tolist(), PURPLE, dashed=True)
     draw_found(scene, said['objects'])
-    canvas.text(300, 470, f'missed: the motorbike, of which its only prior is {100 * said["motorbike"]:.0f}% sure',
-                anchor='middle')
+    canvas.center(300, 470, f'missed: the motorbike, of which its only prior is {100 * said["motorbike"]:.0f}% sure',
+                  bold=False)
     return canvas

@@ -141,12 +141,14 @@ class Canvas:
                      text_anchor=None if anchor == 'start' else anchor,
                      font_weight='bold' if bold or title else None, font_size=TITLE_SIZE if title else None)
 
+    def center(self, x, y, text, color=INK, bold=True, title=False):
+        self.text(x, y, text, color, 'middle', bold, title)
+
     def chip(self, x, y, text, color):
         """A text on a ground of its color, for labels on pictures; (x, y) is its upper left corner."""
         width = chip_width(text)
         self.rect(x, y, width, CHIP_HEIGHT, color, corner=3)
-        self.text(x + width / 2, y + CHIP_HEIGHT - 7, text, INK if color in (AMBER, WHITE) else WHITE, 'middle',
-                  bold=True)
+        self.center(x + width / 2, y + CHIP_HEIGHT - 7, text, INK if color == AMBER else WHITE)
 
     def table(self, x, y, widths, rows, fills=None, row_height=33):
         """Rows of texts, the first one being the heading. `fills` gives cells (row, column) a color."""
@@ -155,7 +157,7 @@ class Canvas:
             for j, (cell, width) in enumerate(zip(row, widths, strict=True)):
                 fill = (fills or {}).get((i, j), PAPER if i == 0 else WHITE)
                 self.rect(left, y + i * row_height, width, row_height, fill, EDGE, stroke_width=HAIRLINE)
-                self.text(left + width / 2, y + (i + 0.5) * row_height + 6, cell, anchor='middle', bold=i == 0)
+                self.center(left + width / 2, y + (i + 0.5) * row_height + 6, cell, bold=i == 0)
                 left += width
 
     # --------------------------------------------------------------------------------------- pictures
@@ -204,7 +206,7 @@ class Axes:
         for value in values:
             x, _ = self.at(value, self.y_range[0])
             self.canvas.line(x, self.y, x, self.y + self.height, EDGE, stroke_width=HAIRLINE)
-            self.canvas.text(x, self.y + self.height + 24, show(value), anchor='middle')
+            self.canvas.center(x, self.y + self.height + 24, show(value), bold=False)
 
     def ticks_y(self, values, show=str):
         for value in values:
@@ -215,7 +217,7 @@ class Axes:
     def frame(self, x_label, y_label):
         bottom = self.y + self.height
         self.canvas.path([(self.x, self.y), (self.x, bottom), (self.x + self.width, bottom)])
-        self.canvas.text(self.x + self.width / 2, bottom + 52, x_label, anchor='middle', bold=True)
+        self.canvas.center(self.x + self.width / 2, bottom + 52, x_label)
         self.canvas.text(self.x, self.y - 12, y_label, bold=True)
 
     def curve(self, points, color, dots=True):
