@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from references import area, devkit_average_precision, eleven_points, precision_
 
 import eval as evaluation
 from datasets import PascalVOCDataset
-from eval import Plot, draw_plots
+from eval import draw_plots
 from utils import calculate_mAP, create_data_lists, rank_detections, voc_labels
 
 # An object, and boxes that overlap with it by a known part.
@@ -145,14 +147,23 @@ def test_a_class_without_detections_has_no_precision_and_its_report_is_json():
     assert json.loads(json.dumps(evaluation.without_nan(row), allow_nan=False))['precision'] is None
 
 
-def test_a_plot_shows_its_lines_where_they_are_and_leaves_out_what_is_no_number():
-    rising = [(0, 0), (1, math.nan), (4, 1)]
-    image = draw_plots([Plot('line', [(None, '#ff0000', rising)]), Plot('nothing', [(None, '#ff0000', [])])])
-    red = [(x, y) for x in range(image.width) for y in range(image.height) if image.getpixel((x, y)) == (255, 0, 0)]
-    (left, bottom), (right, top) = red[0], red[-1]
-    assert right - left > 250 and bottom - top > 170
-    for x, y in red:  # straight from the lower left to the upper right
-        assert abs((x - left) / (right - left) - (bottom - y) / (bottom - top)) < 0.06
+def test_curves_are_drawn_where_matplotlib_is_installed_without_points_that_are_not_known(tmp_path, monkeypatch):
+    figure = pytest.importorskip('matplotlib.figure')
+    drawn = []
+    monkeypatch.setattr(figure.Figure, 'add_subplot', lambda _, *place, title: drawn.append((title, place)) or axes)
+    axes = Mock()
+    plots = {'loss': {'sum': ([1, 2, 3], [5.0, 4.0, 3.0]), 'part': ([1, 2], [1.0, 1.0])},
+             'mAP': {'': ([1, 2, 3], [None, 0.5, None])}}
+    draw_plots(tmp_path / 'curves.png', plots)
+    assert drawn == [('loss', (1, 2, 1)), ('mAP', (1, 2, 2))]
+    assert [call.args[:2] for call in axes.plot.call_args_list] == [([1, 2, 3], [5.0, 4.0, 3.0]), ([1, 2], [1.0, 1.0]),
+                                                                    ([2], [0.5])]
+    monkeypatch.undo()
+    draw_plots(tmp_path / 'curves.png', plots)
+    assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG')
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)  # importing it fails
+    draw_plots(tmp_path / 'none.png', plots)
+    assert not (tmp_path / 'none.png').exists()
 
 
 # ------------------------------------------------------------------------------------------ random cases

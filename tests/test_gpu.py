@@ -49,8 +49,9 @@ def test_network_loss_matching_and_detections_are_those_of_the_cpu(model, on_gpu
     torch.testing.assert_close(gpu_scores.cpu(), scores, rtol=1e-3, atol=1e-3)
 
     criterion, gpu_criterion = MultiBoxLoss(model.priors_cxcy), MultiBoxLoss(on_gpu.priors_cxcy)
-    for ours, theirs in zip(criterion.match(*objects('cpu')), gpu_criterion.match(*objects('cuda'))):
-        assert torch.equal(ours, theirs.cpu())
+    for image, gpu_image in zip(zip(*objects('cpu')), zip(*objects('cuda'))):
+        for ours, theirs in zip(criterion.match(*image), gpu_criterion.match(*gpu_image)):
+            assert torch.equal(ours, theirs.cpu())
     # The same predictions from here on: what is compared is the loss and the detection.
     loss = criterion(locs, scores, *objects('cpu'))
     torch.testing.assert_close(gpu_criterion(locs.cuda(), scores.cuda(), *objects('cuda')).cpu(), loss)
