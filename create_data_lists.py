@@ -93,8 +93,8 @@ def print_coverage(rows):
     for label, (number, found, median, smaller) in rows.items():
         print(f'{label:<{width}}{number:>8,}{found:>13.1%}{median:>13.2f}{smaller:>11.1%}')
     print("prior ≥ 0.5: the share of objects that some prior overlaps by at least 0.5; median best: of the objects'\n"
-          'largest overlaps; too small: the share of objects with less area than the smallest prior. With the priors of\n'
-          'model.py, as in training from ImageNet\'s weights: a checkpoint brings its own')
+          'largest overlaps; too small: the share of objects with less area than the smallest prior.\n'
+          "The priors are those of model.py, as in training from ImageNet's weights: a checkpoint brings its own")
     poor = [label for label, (_, found, _, _) in rows.items() if found < 0.8 and label != 'all']
     if poor:
         print(f'Fewer than 80 % find a prior: {", ".join(poor)}. If they are small, cut the pictures into parts or\n'
