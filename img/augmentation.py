@@ -7,15 +7,10 @@ from torchvision.transforms.v2 import functional as TF
 
 import utils
 from scenes import BOXES, DOG, OBJECTS, Scene
-from svg import INK, PURPLE, Canvas
+from svg import INK, PURPLE, figure
 from utils import IMAGENET_MEAN, IMAGENET_STD, random_crop, read_image, transform, zoom_out
 
 PIXELS = torch.tensor([*OBJECTS.values()], dtype=torch.float)
-
-
-def seed(number):
-    random.seed(number)
-    torch.manual_seed(number)
 
 
 def to_picture(normalized):
@@ -30,10 +25,12 @@ def through(boxes, window):
     return (boxes - torch.tensor([left, top, left, top])) / torch.tensor([right - left, bottom - top] * 2)
 
 
-def augmentation():
+@figure(height=468)
+def augmentation(canvas):
     """One picture on its way: zoomed out, cropped, mirrored, its colors distorted."""
     picture, window = read_image(DOG), utils.look_through
-    seed(4)
+    random.seed(4)
+    torch.manual_seed(4)
     larger = zoom_out(*picture.size)
     smaller, visible, _ = random_crop(larger, PIXELS)
     last = 1 - 1 / (smaller[2] - smaller[0])  # where the first column of pixels goes
@@ -45,7 +42,6 @@ def augmentation():
              ('mirrored', window(picture, smaller, mirror=True), mirrored),
              ('other colors', window(picture, smaller, mirror=True, distort=True), mirrored))
 
-    canvas = Canvas(height=468)
     for i, (name, image, seen) in enumerate(steps):
         x, y = 16 + i % 3 * 192, 16 + i // 3 * 226
         scene = Scene(canvas, to_picture(image), x, y, 184)
@@ -55,16 +51,15 @@ def augmentation():
         canvas.center(x + 92, y + 208, f'{i + 1}. {name}')
     canvas.text(404, 272, 'purple: the objects\nblack: the crop\n\n'
                 f'{len(PIXELS) - len(visible)} of {len(PIXELS)} objects have\ntheir center outside\nof it and go')
-    return canvas
 
 
-def augmented_samples():
+@figure(height=480)
+def augmented_samples(canvas):
     """The photograph as it is and as training sees it eleven times."""
-    canvas = Canvas(height=480)
-    seed(9)
+    random.seed(9)
+    torch.manual_seed(9)
     labels = difficulties = torch.zeros(len(PIXELS), dtype=torch.long)
     for i, split in enumerate(['TEST'] + 11 * ['TRAIN']):
         image, seen, _, _ = transform(read_image(DOG), PIXELS, labels, difficulties, split)
         Scene(canvas, to_picture(image), 16 + i % 4 * 144, 16 + i // 4 * 144, 136).boxes(seen, PURPLE)
     canvas.center(300, 466, 'first the picture, then what eleven epochs of training see', bold=False)
-    return canvas

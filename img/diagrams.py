@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from model import FEATURE_MAPS, SSD300
 from scenes import BOXES, CLASSES, DOG, PRIOR_NAMES, PRIORS, PRIORS_XY, Scene, priors_at, read
-from svg import AMBER, BLUE, EDGE, GRAY, GREEN, HAIRLINE, INK, LINE_HEIGHT, PURPLE, RED, WHITE, Canvas, tint
+from svg import AMBER, BLUE, EDGE, GRAY, GREEN, HAIRLINE, INK, LINE_HEIGHT, PURPLE, RED, WHITE, figure, tint
 from utils import IMAGE_SIZE, decimate, label_map
 
 
@@ -30,7 +30,8 @@ def layers():
     return found
 
 
-# --------------------------------------------------------------------------------- feature maps in a row
+BLOCKS = [['conv1_1', 'conv1_2'], ['conv2_1', 'conv2_2'], *([f'conv{i}_{j}' for j in (1, 2, 3)] for i in (3, 4, 5))]
+
 
 class Stage(NamedTuple):
     """A feature map in a row of them, with what is written below it."""
@@ -50,9 +51,7 @@ def draw_stages(canvas, y, stages, columns, continued=False):
         center = 8 + (i + 0.5) * column
         left, right = center - (side + 0.7 * depth) / 2, center + (side + 0.7 * depth) / 2
         top = y + 50 - (side - 0.7 * depth) / 2
-        canvas.volume(left, top, side, side, depth, color)
-        if stage.side <= 38:
-            canvas.grid(left, top, side, side, stage.side, stage.side, tint(color, 0.6))
+        canvas.volume(left, top, side, depth, color, stage.side if stage.side <= 38 else 1)
         if previous_end is not None:
             canvas.arrow(previous_end + 2, y + 50, left - 2, y + 50)
         previous_end = right
@@ -65,61 +64,53 @@ def draw_stages(canvas, y, stages, columns, continued=False):
             canvas.center(center, at_y, text, bold=changed)
 
 
-def blocks():
-    """Return the convolutions of VGG's five blocks: [['conv1_1', 'conv1_2'], …]."""
-    return [[name for name in layers() if name.startswith(f'conv{block}_')] for block in range(1, 6)]
-
-
-def vgg16():
+@figure(height=590)
+def vgg16(canvas):
     """VGG-16 for the classification of ImageNet, as the authors of SSD found it."""
     side, stages = 224, [Stage(['image'], 3, 224)]
-    for convs in blocks():
+    for convs in BLOCKS:
         channels = layers()[convs[-1]][0]
         stages.append(Stage([*convs, 'pool 2×2'], channels, side))
         side //= 2
     stages += [Stage(['after the', 'last pool'], channels, side), Stage(['fc6'], 4096, 1), Stage(['fc7'], 4096, 1),
                Stage(['fc8'], 1000, 1)]
-    canvas = Canvas(height=590)
     draw_stages(canvas, 16, stages[:5], columns=5)
     draw_stages(canvas, 300, stages[5:], columns=5, continued=True)
-    return canvas
 
 
-def modified_vgg16():
+@figure(height=690)
+def modified_vgg16(canvas):
     """The base of SSD300: what was changed, and the maps of conv4_3 and conv7, which are used for predictions."""
     stages = [Stage(['image'], 3, IMAGE_SIZE, changes=(0,))]
     pools = {3: ['pool 2×2', 'rounding up'], 5: ['pool 3×3', 'stride 1']}
-    for block, convs in enumerate(blocks(), start=1):
+    for block, convs in enumerate(BLOCKS, start=1):
         stages.append(Stage([*convs, *pools.get(block, ['pool 2×2'])], *layers()[convs[-1]][:2], block == 4,
                             (3, 4) if block in pools else ()))
     stages += [Stage(['conv6 3×3', 'dilation 6'], *layers()['conv6'][:2], changes=(0, 1)),
                Stage(['conv7 1×1'], *layers()['conv7'][:2], True, (0,))]
-    canvas = Canvas(height=690)
     draw_stages(canvas, 16, stages[:4], columns=4)
     draw_stages(canvas, 316, stages[4:], columns=4, continued=True)
     canvas.rect(24, 644, 34, 25, WHITE, INK, corner=3)
     canvas.text(66, 663, 'changed from VGG-16')
     canvas.rect(290, 647, 20, 20, tint(INK), INK)
     canvas.text(320, 663, 'dark: used for predictions')
-    return canvas
 
 
-def auxiliary_convolutions():
+@figure(height=292, width=660)
+def auxiliary_convolutions(canvas):
     """The eight layers on top of the base; every second one gives a feature map for predictions."""
     stages = [Stage(['from the base'], *layers()['conv7'][:2], True)]
     for block in range(8, 12):
         first, (second, side, stride) = layers()[f'conv{block}_1'][0], layers()[f'conv{block}_2']
         how = f'stride {stride}' if stride > 1 else 'no padding'
         stages.append(Stage([f'conv{block}_1 1×1', f'→ {first}', f'conv{block}_2 3×3', how], second, side, True))
-    canvas = Canvas(height=292, width=660)
     draw_stages(canvas, 16, stages, columns=5)
-    return canvas
 
 
-def ssd300():
+@figure(height=652)
+def ssd300(canvas):
     """The whole network: image, base and auxiliary convolutions, six feature maps, predictions."""
     column, total = 94, 0
-    canvas = Canvas(height=652)
     Scene(canvas, DOG, 18, 16, 100, 100)
     canvas.text(130, 60, f'the image:\n{IMAGE_SIZE} × {IMAGE_SIZE} × 3')
     canvas.arrow(68, 120, 68, 142)
@@ -131,8 +122,7 @@ def ssd300():
         channels, side, _ = layers()[feature_map.name]
         x, size, depth = 18 + i * column, 9.5 * side ** 0.5, 0.42 * channels ** 0.5
         canvas.arrow(x + 50, 186, x + 50, 218)
-        canvas.volume(x + 44 - size / 2, 264 - size / 2, size, size, depth, INK)
-        canvas.grid(x + 44 - size / 2, 264 - size / 2, size, size, side, side, tint(INK, 0.6))
+        canvas.volume(x + 44 - size / 2, 264 - size / 2, size, depth, INK, side)
         canvas.center(x + 47, 328, feature_map.name)
         canvas.center(x + 47, 354, f'{side} × {side}\n× {channels}', bold=False)
         canvas.arrow(x + 47, 390, x + 47, 414)
@@ -146,10 +136,7 @@ def ssd300():
     canvas.center(300, 441, 'prediction convolutions')
     canvas.text(18, 590, f'together {total} × 4 offsets from the priors', BLUE, bold=True)
     canvas.text(18, 620, f'and {total} × {len(label_map)} scores of the classes', bold=True)
-    return canvas
 
-
-# ------------------------------------------------------------------------- fully connected as convolution
 
 CHANNEL_COLORS = (tint(INK, 0.06), tint(INK, 0.18), tint(INK, 0.32))
 CELL = 32
@@ -164,7 +151,8 @@ def draw_channels(canvas, x, y, values, in_a_row=False):
             canvas.center(x + (left + 0.5) * CELL, y + top * CELL + 22, f'{value:.0f}'.replace('-', '−'), bold=False)
 
 
-def fc_as_conv():
+@figure(height=660)
+def fc_as_conv(canvas):
     """The same twelve values and twice twelve weights, as a fully connected layer and as a convolution."""
     generator = torch.Generator().manual_seed(3)
     image = torch.randint(0, 6, (3, 2, 2), generator=generator).float()
@@ -172,64 +160,48 @@ def fc_as_conv():
     as_linear = F.linear(image.flatten(), weights).tolist()  # (2)
     weights = weights.view(2, 3, 2, 2)
     as_convolution = F.conv2d(image[None], weights).flatten().tolist()  # (1, 2, 1, 1) → (2)
-    canvas = Canvas(height=660)
     canvas.text(24, 36, 'Fully connected', title=True)
     canvas.text(24, 70, 'the image, flattened: 12 values')
     draw_channels(canvas, 24, 80, image, in_a_row=True)
-    for i, output in enumerate(as_linear):
-        y = 148 + i * 68
-        canvas.text(24, y, f'weights {i}')
-        draw_channels(canvas, 24, y + 10, weights[i], in_a_row=True)
-        canvas.arrow(24 + 12 * CELL + 6, y + 26, 450, y + 26)
-        canvas.text(460, y + 33, f'Y{i} = {output:.0f}'.replace('-', '−'), title=True)
-
     canvas.line(24, 276, 576, 276, EDGE)
     canvas.text(24, 310, 'Convolution', title=True)
     canvas.text(24, 344, '3 channels')
     draw_channels(canvas, 36, 356, image)
-    for i, output in enumerate(as_convolution):
-        x = 170 + i * 210
-        canvas.text(x, 344, f'filter {i}')
-        draw_channels(canvas, x, 356, weights[i])
-        canvas.arrow(x + 2 * CELL + 6, 460, x + 2 * CELL + 30, 460)
-        canvas.text(x + 2 * CELL + 36, 467, f'Y{i} = {output:.0f}'.replace('-', '−'), title=True)
+    for i, output in enumerate(as_linear):
+        canvas.text(24, 148 + i * 68, f'weights {i}')
+        canvas.text(170 + i * 210, 344, f'filter {i}')
+        draw_channels(canvas, 24, 158 + i * 68, weights[i], in_a_row=True)
+        draw_channels(canvas, 170 + i * 210, 356, weights[i])
+        for x, y in ((414, 174 + i * 68), (240 + i * 210, 460)):
+            canvas.arrow(x, y, x + 24, y)
+            canvas.text(x + 32, y + 7, f'Y{i} = {output:.0f}'.replace('-', '−'), title=True)
     torch.testing.assert_close(as_linear, as_convolution)
     canvas.center(300, 634, 'the same 12 products, the same sums', title=True)
-    return canvas
 
 
-def decimation():
+@figure(height=724, width=620)
+def decimation(canvas):
     """Of 7 × 7 values, every third is kept; a dilated kernel puts them back to where they were."""
-    canvas = Canvas(height=724, width=620)
-    kernel = torch.arange(49).view(7, 7)
+    kernel, cell = torch.arange(49).view(7, 7), 29
     kept = decimate(kernel, (3, 3))  # (3, 3)
     for x, y, caption, values, spread in ((20, 50, 'fc6\'s kernel: 7 × 7', kernel, 1), (242, 50, 'decimated', kept, 1),
                                           (384, 50, 'dilation 3: 7 × 7', kept, 3),
                                           (20, 316, 'dilation 6: 13 × 13', kept, 6)):
         canvas.text(x, y - 14, caption, bold=True)
-        draw_kernel(canvas, x, y, values, kept, spread)
-    before = torch.empty(4096, 512, 7, 7, device='meta')
-    for y, name, weights in ((346, 'fc6 as a convolution', before), (471, 'conv6', decimate(before, (4, None, 3, 3)))):
-        canvas.text(412, y, f'{name}:\n{" × ".join(map(str, weights.shape))}\n= {weights.numel() / 1e6:.1f} million\n'
-                    'weights')
-    return canvas
-
-
-def draw_kernel(canvas, x, y, values, kept, spread, cell=29):
-    """A matrix with its values `spread` cells apart; those that are kept are dark."""
-    side = (len(values) - 1) * spread + 1
-    canvas.rect(x, y, side * cell, side * cell, WHITE)
-    for row, line in enumerate(values.tolist()):
-        for column, value in enumerate(line):
+        side = (len(values) - 1) * spread + 1
+        canvas.rect(x, y, side * cell, side * cell, WHITE, EDGE, stroke_width=HAIRLINE)
+        for i, value in enumerate(values.flatten().tolist()):
+            row, column = divmod(i, len(values))
             left, top = x + column * spread * cell, y + row * spread * cell
             if value in kept:
                 canvas.rect(left, top, cell, cell, tint(INK, 0.3))
             canvas.center(left + cell / 2, top + cell / 2 + 6, str(value), bold=False)
-    canvas.grid(x, y, side * cell, side * cell, side, side)
-    canvas.rect(x, y, side * cell, side * cell, stroke=EDGE, stroke_width=HAIRLINE)
+        canvas.grid(x, y, side * cell, side * cell, side, side)
+    before = torch.empty(4096, 512, 7, 7, device='meta')
+    for y, name, weights in ((346, 'fc6 as a convolution', before), (471, 'conv6', decimate(before, (4, None, 3, 3)))):
+        canvas.text(412, y, f'{name}:\n{" × ".join(map(str, weights.shape))}\n= {weights.numel() / 1e6:.1f} million\n'
+                    'weights')
 
-
-# ------------------------------------------------------------------------------------------- predictions
 
 GRID, N_PRIORS = FEATURE_MAPS[3].grid, FEATURE_MAPS[3].n_priors  # of conv9_2, on which all is shown
 TILE = (2, 2)  # row and column of the tile that is opened up
@@ -239,16 +211,15 @@ N_CLASSES = 3  # where classes are counted out: background, bicycle, dog
 def draw_map(canvas, x, y, channels, color, cell=24, marked=()):
     """A feature map of conv9_2's grid with some of its tiles marked. Return where it ends, right and below."""
     side, depth = GRID * cell, 2.6 * channels ** 0.5
-    canvas.volume(x, y, side, side, depth, color)
-    canvas.grid(x, y, side, side, GRID, GRID, color)
+    canvas.volume(x, y, side, depth, color, GRID)
     for row, column in marked:
         canvas.rect(x + column * cell, y + row * cell, cell, cell, WHITE, INK, opacity=0.6)
     return x + side + 0.7 * depth, y + side
 
 
-def prediction_convolutions():
+@figure(height=430)
+def prediction_convolutions(canvas):
     """From the feature map through two convolutions with 3 × 3 kernels to the two outputs."""
-    canvas = Canvas(height=430)
     channels = FEATURE_MAPS[3].channels
     right, bottom = draw_map(canvas, 20, 160, channels, GRAY)
     canvas.rect(20 + (TILE[1] - 1) * 24, 160 + (TILE[0] - 1) * 24, 72, 72, WHITE, INK, opacity=0.6)
@@ -257,18 +228,16 @@ def prediction_convolutions():
                                       (254, AMBER, 'classes', f'{N_PRIORS} · n', N_PRIORS * 21)):
         canvas.arrow(right + 6, 208, 240, y + 36)
         for i in (2, 1, 0):
-            canvas.volume(252 + i * 15, y + 16 - i * 10, 54, 54, 22, color)
-        canvas.grid(252, y + 16, 54, 54, 3, 3, color)
+            canvas.volume(252 + i * 15, y + 16 - i * 10, 54, 22, color, 3)
         canvas.center(304, y + 106, f'{text}:\n{count} filters\n3 × 3 × {channels}')
         canvas.arrow(364, y + 36, 418, y + 36)
         draw_map(canvas, 432, y, of, color, 24, [TILE])
         canvas.center(505, y + 150, f'{GRID} × {GRID} × ({count})')
-    return canvas
 
 
-def prediction_channels():
+@figure(height=620)
+def prediction_channels(canvas):
     """The channels of one tile: four offsets and n scores for each of its priors, which are drawn."""
-    canvas = Canvas(height=620)
     names, left, width = ['c_x', 'c_y', 'w', 'h', 'backgr.', 'bicycle', 'dog'], 134, 42
     widths = [width] * 4 + [70, 70, 42]
     for y, color, n, text in ((112, BLUE, 4, 'offsets'), (382, AMBER, N_CLASSES, 'scores')):
@@ -291,24 +260,21 @@ def prediction_channels():
         scene = Scene(canvas, DOG, 510, y, 78, 78, faded=True)
         scene.grid(GRID)
         scene.box(priors_at('conv9_2', *TILE)[kind].tolist(), RED)
-    return canvas
 
 
-def reshaping():
+@figure(height=470, width=640)
+def reshaping(canvas):
     """The predictions of conv9_2 in a row: 150 boxes, 150 sets of scores."""
-    canvas = Canvas(height=470, width=640)
     total = GRID ** 2 * N_PRIORS
     for y, channels, color in ((56, N_PRIORS * 4, BLUE), (256, N_PRIORS * N_CLASSES, AMBER)):
         right, bottom = draw_map(canvas, 16, y, channels, color, 18, [(0, 0)])
         canvas.center(66, bottom + 28, f'{GRID} × {GRID} × {channels}')
         canvas.arrow(right + 6, y + 50, 168, y + 50)
     rows = [['row', 'tile', 'prior', 'offsets', f'{N_CLASSES} scores']]
-    for i in (0, 1, 2, 3, 4, 5, 6, None, total - 2, total - 1):
-        if i is None:
-            rows.append(['…', '…', '…', '', ''])
-        else:
-            tile, kind = divmod(i, N_PRIORS)
-            rows.append([str(i), f'{tile // GRID}, {tile % GRID}', PRIOR_NAMES[kind], '', ''])
+    for i in (*range(7), total - 2, total - 1):
+        tile, kind = divmod(i, N_PRIORS)
+        rows.append([str(i), f'{tile // GRID}, {tile % GRID}', PRIOR_NAMES[kind], '', ''])
+    rows.insert(-2, ['…', '…', '…', '', ''])
     fills = {(i, j): tint(color, 0.35) for i in range(1, len(rows)) for j, color in ((3, BLUE), (4, AMBER))}
     canvas.table(178, 20, (54, 58, 74, 140, 120), rows, fills)
     for x, width, columns in ((364, 140, 4), (504, 120, N_CLASSES)):
@@ -316,14 +282,12 @@ def reshaping():
     canvas.center(434, 410, f'{total} × 4', BLUE)
     canvas.center(564, 410, f'{total} × {N_CLASSES}')
     canvas.text(178, 446, 'row by row, tile by tile, prior by prior')
-    return canvas
 
 
-# ------------------------------------------------------------------------------------------ flow of data
-
-def data_flow():
+@figure(height=860)
+def data_flow(canvas):
     """The way of a picture through the network, to a loss in training or to objects in detection."""
-    canvas, total, said = Canvas(height=860), len(PRIORS), read('teach')['steps']['60']
+    total, said = len(PRIORS), read('teach')['steps']['60']
     Scene(canvas, DOG, 20, 20, 150)
     canvas.center(95, 156, 'a picture', bold=False)
     canvas.arrow(174, 76, 206, 76)
@@ -333,21 +297,18 @@ def data_flow():
     x = 364
     for feature_map in FEATURE_MAPS:
         size, depth = 8.2 * feature_map.grid ** 0.5, 0.3 * feature_map.channels ** 0.5
-        canvas.volume(x, 78 - size / 2, size, size, depth, INK)
-        canvas.grid(x, 78 - size / 2, size, size, feature_map.grid, feature_map.grid, tint(INK, 0.6))
+        canvas.volume(x, 78 - size / 2, size, depth, INK, feature_map.grid)
         x += size + 0.7 * depth + 5
     canvas.center(472, 156, 'six feature maps', bold=False)
     canvas.path([(472, 166), (472, 182), (300, 182)])
     canvas.arrow(300, 182, 300, 204)
-    for x, color, text in ((70, BLUE, f'{total} × 4 offsets'), (306, AMBER, f'{total} × {len(label_map)} scores')):
-        canvas.rect(x, 208, 224, 44, tint(color), color)
-        canvas.center(x + 112, 237, text)
 
-    def step(x, y, width, text, color, fill=None):
-        lines = text.count('\n') + 1
-        canvas.rect(x, y, width, 18 + lines * LINE_HEIGHT, fill or tint(color), color, corner=6)
-        canvas.center(x + width / 2, y + 28, text, bold=False)
+    def step(x, y, text, color, fill=None, width=270, bold=False):
+        canvas.rect(x, y, width, 43 + text.count('\n') * LINE_HEIGHT, fill or tint(color), color, corner=6)
+        canvas.center(x + width / 2, y + 28, text, bold=bold)
 
+    step(70, 208, f'{total} × 4 offsets', BLUE, width=224, bold=True)
+    step(306, 208, f'{total} × {len(label_map)} scores', AMBER, width=224, bold=True)
     canvas.path([(182, 254), (182, 264), (418, 264), (418, 254)])  # both go both ways
     for x in (155, 445):
         canvas.path([(300, 264), (300, 276), (x, 276)])
@@ -355,25 +316,23 @@ def data_flow():
     canvas.text(143, 298, 'training', anchor='end', bold=True)
     canvas.text(457, 298, 'detection', bold=True)
     positive = PRIORS_XY[CLASSES > 0].clamp(0, 1)
-    step(20, 310, 270, f'matched with {total} priors:\nobjects claim theirs', RED)
+    step(20, 310, f'matched with {total} priors:\nobjects claim theirs', RED)
     scene = Scene(canvas, DOG, 20, 392, 130, 130, faded=True)
     scene.boxes(positive, GREEN, thin=True)
     scene.boxes(BOXES, PURPLE)
     canvas.text(162, 424, f'{len(positive)} positive\npriors,', GREEN, bold=True)
     canvas.text(162, 480, f'{3 * len(positive)} hard\nnegatives', GRAY, bold=True)
     canvas.arrow(160, 530, 160, 566)
-    step(20, 570, 270, 'loss of the classes:\nof positives, hard negatives', AMBER)
-    step(20, 650, 270, 'loss of the boxes:\nof positives only', BLUE)
+    step(20, 570, 'loss of the classes:\nof positives, hard negatives', AMBER)
+    step(20, 650, 'loss of the boxes:\nof positives only', BLUE)
     canvas.arrow(160, 722, 160, 758)
-    step(20, 762, 270, 'one number,\nand its gradients', INK, WHITE)
+    step(20, 762, 'one number,\nand its gradients', INK, WHITE)
 
-    step(310, 310, 270, f'decoded with {total} priors:\nboxes and probabilities', RED)
-    for y, shown, text, thin in ((392, said['candidates'], f'{len(said["candidates"])} candi-\ndates\nabove 0.2', True),
-                                 (626, said['objects'], f'{len(said["objects"])} objects', False)):
+    step(310, 310, f'decoded with {total} priors:\nboxes and probabilities', RED)
+    for y, kind, thin in ((392, 'candidates', True), (626, 'objects', False)):
         scene = Scene(canvas, DOG, 310, y, 173, faded=thin)
-        scene.boxes(torch.tensor([one['box'] for one in shown]).clamp(0, 1), BLUE, thin=thin)
-        canvas.text(494, y + 30, text, BLUE, bold=True)
-    canvas.text(494, 684, '\n'.join(one['label'] for one in said['objects']))
+        scene.boxes(torch.tensor([one['box'] for one in said[kind]]).clamp(0, 1), BLUE, thin=thin)
+        canvas.text(490, y + 30, f'{len(said[kind])}\n{kind}', BLUE, bold=True)
+    canvas.text(490, 712, '\n'.join(one['label'] for one in said['objects']))
     canvas.arrow(396, 526, 396, 562)
-    step(310, 566, 270, 'duplicates suppressed', INK, WHITE)
-    return canvas
+    step(310, 566, 'duplicates suppressed', INK, WHITE)

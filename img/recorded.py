@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 import utils
 from model import FEATURE_MAPS, SSD300, MultiBoxLoss, load_model
-from scenes import BOXES, CLASSES, DOG, HERE, LABELS, OBJECTS, PRIORS, PRIORS_XY, Scene, read
-from svg import AMBER, BLUE, GRAY, GREEN, LINE_HEIGHT, PURPLE, Canvas, tint
+from scenes import BOXES, CLASSES, DOG, HERE, LABELS, PRIORS, PRIORS_XY, Scene, read
+from svg import AMBER, BLUE, GRAY, GREEN, LINE_HEIGHT, PURPLE, figure, tint
 from utils import find_jaccard_overlap, label_map, load_checkpoint, replaced_file, rev_label_map
 
-# Which photographs are shown, with the lowest score that is drawn in each. A failure says what went wrong.
-GALLERY = (('hopper.jpg', 0.5), ('astronaut.jpg', 0.5), ('cameraman.jpg', 0.5), ('chelsea.jpg', 0.5))
+# Which photographs are shown, with the lowest score that is drawn in each, and what is said of them.
+GALLERY = (('hopper.jpg', 0.5, ''), ('astronaut.jpg', 0.5, ''), ('chelsea.jpg', 0.5, ''), ('cameraman.jpg', 0.5, ''))
 FAILURES = (('sheep.jpg', 0.2, 'bad boxes around ewe and lamb,\none of them a dog'),
             ('astronaut.jpg', 0.2, 'a duplicate: half of her again;\na person in the flag'),
             ('airplane.jpg', 0.2, 'a wing as a chair, and a miss:\nno aeroplane'),
@@ -32,8 +32,6 @@ def write(name, content):
         file.write((json.dumps(content, separators=(',', ':')).replace('},', '},\n') + '\n').encode())
     print(f'recorded/{name}.json')
 
-
-# -------------------------------------------------------------------------------------------- recording
 
 def image_of(path, model):
     return utils.look_through(utils.read_image(path), mean=model.image_mean, std=model.image_std)  # (3, 300, 300)
@@ -63,10 +61,10 @@ def record_photos(checkpoint):
     """What a trained network finds in all photographs; in the running example also its candidates."""
     model, own_label_map = load_model(checkpoint)
     names = {number: label for label, number in own_label_map.items()}
-    record = {'epoch': load_checkpoint(checkpoint)['epoch'], 'photos': {}}
+    record = {}
     for path in sorted((HERE / 'photos').glob('*.jpg')):
         output = model(image_of(path, model)[None])
-        record['photos'][path.name] = what_it_says(model, *output, names, full=path == DOG)
+        record[path.name] = what_it_says(model, *output, names, full=path == DOG)
     write('photos', record)
 
 
@@ -128,76 +126,60 @@ def inner_life(scores, classes, ratio):
                      for i in hard]}
 
 
-# ------------------------------------------------------------------------------------------- detections
-
 def clipped(box):
     """A box may reach beyond the picture; what can be drawn ends there."""
     return [min(max(value, 0), 1) for value in box]
 
 
-def draw_found(scene, found, with_score=True):
-    """The boxes of detections, the best on top, and labels at those that are large enough."""
+def draw_found(scene, found, thin=False, text='{label} {score:.2f}'):
+    """The boxes of detections, the best on top; and if they aren't thin, labels at those that are large enough."""
     for one in reversed(found):
-        scene.box(clipped(one['box']), BLUE)
-    for one in found:
+        scene.box(clipped(one['box']), BLUE, thin=thin)
+    for one in () if thin else found:
         left, top, right, bottom = clipped(one['box'])
-        if (right - left) * scene.width > 20 and (bottom - top) * scene.height > 20:
-            scene.label((left, top, right, bottom), AMBER,
-                        f'{one["label"]} {one["score"]:.2f}' if with_score else one['label'])
+        if min(right - left, (bottom - top) * scene.height / scene.width) > 0.04:
+            scene.label((left, top, right, bottom), AMBER, text.format(**one))
 
 
-def draw_thin(scene, found):
-    for one in reversed(found):
-        scene.box(clipped(one['box']), BLUE, thin=True)
-
-
-def hero():
+@figure(width=720, height=248, shown_width=1000)
+def hero(canvas):
     """The photograph, the priors that match, the candidates, and the objects found."""
-    said = read('teach')['steps']['60'] if HERO == 'memorized' else read('photos')['photos']['dog.jpg']
-    canvas = Canvas(width=720, height=248, shown_width=1000)
-    positive = PRIORS_XY[CLASSES > 0].clamp(0, 1)
+    said = read('teach')['steps']['60'] if HERO == 'memorized' else read('photos')['dog.jpg']
+    positive, x = PRIORS_XY[CLASSES > 0].clamp(0, 1), 12
     texts = ('a photograph', f'{len(positive)} priors match', f'{len(said["candidates"])} candidates',
              f'{len(said["objects"])} objects')
-    x = 12
-    for i, text in enumerate(texts):
-        width, faded = (133, 133, 133, 252)[i], i in (1, 2)
-        y = 14 + (189 - width * 0.75) / 2
-        scene = Scene(canvas, DOG, x, y, width, faded=faded)
+    for i, (text, width) in enumerate(zip(texts, (133, 133, 133, 252))):
+        scene = Scene(canvas, DOG, x, 14 + (189 - width * 0.75) / 2, width, faded=i in (1, 2))
         if i == 1:
             scene.boxes(positive, GREEN, thin=True)
-        elif i == 2:
-            draw_thin(scene, said['candidates'])
-        elif i == 3:
-            draw_found(scene, said['objects'], with_score=False)
+        elif i > 1:
+            draw_found(scene, said['candidates' if i == 2 else 'objects'], thin=i == 2, text='{label}')
         canvas.center(x + width / 2, 232, text)
-        if i < 3:
-            canvas.arrow(x + width + 1, 108, x + width + 14, 108)
         x += width + 15
-    return canvas
+        if i < 3:
+            canvas.arrow(x - 14, 108, x - 1, 108)
 
 
-def quick_start_training():
+@figure()
+def quick_start_training(canvas):
     """The three most confident boxes in one training picture as the quick start goes on."""
     record = read('quick_start')
     path, epochs = HERE / record['picture'], sorted(record['epochs'], key=int)
-    canvas = Canvas(height=36 + -(-len(epochs) // 3) * 260)
+    canvas.height = 36 + -(-len(epochs) // 3) * 260
     canvas.center(300, canvas.height - 14, 'the three most confident boxes after each of these epochs', bold=False)
     for i, epoch in enumerate(epochs):
-        x, y, found = 16 + i % 3 * 192, 12 + i // 3 * 258, record['epochs'][epoch][:3]
+        x, y = 16 + i % 3 * 192, 12 + i // 3 * 258
+        found = [{'number': j, **one} for j, one in enumerate(record['epochs'][epoch][:3], start=1)]
         canvas.center(x + 92, y + 18, f'epoch {epoch}')
         scene = Scene(canvas, path, x, y + 28, 184)
-        for one in reversed(found):
-            scene.box(clipped(one['box']), BLUE)
-        for j, one in enumerate(found, start=1):
-            scene.label(clipped(one['box']), AMBER, str(j))
-            canvas.text(x, y + scene.height + 26 + 24 * j, f'{j} {one["label"]} {one["score"]:.2f}')
-    return canvas
+        draw_found(scene, found, text='{number}')
+        lines = ('{number} {label} {score:.2f}'.format(**one) for one in found)
+        canvas.text(x, y + scene.height + 50, '\n'.join(lines))
 
 
-def columns_of_photos(chosen):
+def draw_photos(canvas, chosen):
     """Photographs with what the network finds in them, two side by side, and captions below them."""
-    record = read('photos')['photos']
-    canvas, heights = Canvas(), [16, 16]
+    record, heights = read('photos'), [16, 16]
     for name, min_score, caption in chosen:
         column = heights.index(min(heights))
         x, y = 16 + column * 288, heights[column]
@@ -207,36 +189,34 @@ def columns_of_photos(chosen):
             canvas.text(x, y + scene.height + 24, caption)
         heights[column] += scene.height + (LINE_HEIGHT * len(caption.splitlines()) + 20 if caption else 10)
     canvas.height = max(heights) + 6
-    return canvas
 
 
-def gallery():
-    return columns_of_photos([(*chosen, '') for chosen in GALLERY])
+@figure()
+def gallery(canvas):
+    draw_photos(canvas, GALLERY)
 
 
-def failures():
-    return columns_of_photos(FAILURES)
+@figure()
+def failures(canvas):
+    draw_photos(canvas, FAILURES)
 
 
-# -------------------------------------------------------------------------------- one photograph, memorized
-
-def teach():
+@figure(height=530)
+def teach(canvas):
     """What the network that learns one photograph sees in it, at four steps."""
-    canvas = Canvas(height=530)
     for i, step in enumerate(SHOWN_STEPS):
         said = read('teach')['steps'][str(step)]
         x, y, found = 16 + i % 2 * 288, 16 + i // 2 * 258, said['objects']
         scene = Scene(canvas, DOG, x, y, 280)
-        draw_thin(scene, found)
+        draw_found(scene, found, thin=True)
         if len(found) < TOP_K:
             draw_found(scene, found[:4])
         canvas.text(x, y + scene.height + 26, f'step {step}: loss {said["loss"]:.1f}, {len(found)} boxes', bold=True)
-    return canvas
 
 
-def score_maps():
+@figure(height=560)
+def score_maps(canvas):
     """The best score at each position of each feature map, over the picture squeezed as the network sees it."""
-    canvas = Canvas(height=560)
     for i, (feature_map, scores) in enumerate(zip(FEATURE_MAPS, read('teach')['steps']['60']['maps'])):
         x, y, side = 16 + i % 3 * 192, 16 + i // 3 * 258, 184
         Scene(canvas, DOG, x, y, side, side, faded=True)
@@ -248,22 +228,23 @@ def score_maps():
         canvas.center(x + side / 2, y + side + 24, feature_map.name)
         canvas.center(x + side / 2, y + side + 49, f'{scores["best"]} {max(map(max, percent)) / 100:.2f}', bold=False)
     canvas.center(300, 544, 'the best score at each position, and the highest of each map', bold=False)
-    return canvas
 
 
-def hard_negatives():
+@figure(height=470)
+def hard_negatives(canvas):
     """The negative priors with the highest losses at step 40, and the classes that the network saw in them."""
     hard = read('teach')['steps']['40']['hard']
-    canvas = Canvas(height=470)
     scene = Scene(canvas, DOG, 16, 16, 380, 380, faded=True)
     for one in hard:
         scene.box(clipped(PRIORS_XY[one['prior']].tolist()), GRAY, thin=True)
-    inside = [one for one in hard if PRIORS_XY[one['prior']].min() >= 0 and PRIORS_XY[one['prior']].max() <= 1]
-    worst = list({one['label']: one for one in reversed(inside)}.values())[-4:]  # the first of each class
-    for one in worst:
-        scene.box(PRIORS_XY[one['prior']].tolist(), GRAY)
-    for one in worst:
-        scene.label(PRIORS_XY[one['prior']].tolist(), AMBER, one['label'])
+    worst = {}  # of each class
+    for one in hard:
+        if PRIORS[one['prior'], 2:].prod() < 0.25 and len(worst) < 4:
+            worst.setdefault(one['label'], clipped(PRIORS_XY[one['prior']].tolist()))
+    for box in worst.values():
+        scene.box(box, GRAY)
+    for label, box in worst.items():
+        scene.label(box, AMBER, label)
     canvas.text(412, 36, f'{len(hard)} hard negatives:\nit sees here', bold=True)
     ranked = Counter(one['label'] for one in hard).most_common()
     lines = [*ranked[:7], ('others', sum(count for _, count in ranked[7:]))]
@@ -271,67 +252,59 @@ def hard_negatives():
         canvas.rect(412, 76 + i * 36, 172 * count / lines[0][1], 28, tint(AMBER, 0.6))
         canvas.text(418, 96 + i * 36, f'{count} {label}')
     canvas.text(16, 424, f'at step 40, with losses from {hard[0]["loss"]:.1f} down to {hard[-1]["loss"]:.1f}; '
-                'framed are the worst of\nfour classes among those that lie inside the picture')
-    return canvas
+                'framed are the worst of\nfour classes, of those smaller than a quarter of the picture')
 
-
-# ------------------------------------------------------------------------------- non-maximum suppression
 
 def candidates():
     """Return {label: (scores, boxes, overlaps with the best)} of the candidates at step 60, highest score first."""
-    classes = {}
-    for label in OBJECTS:
-        own = [one for one in read('teach')['steps']['60']['candidates'] if one['label'] == label]
-        if own:
-            boxes = torch.tensor([one['box'] for one in own])
-            classes[label] = [one['score'] for one in own], boxes, find_jaccard_overlap(boxes[:1], boxes)[0].tolist()
+    classes, found = {}, read('teach')['steps']['60']['candidates']
+    for label in dict.fromkeys(one['label'] for one in found):
+        scores, boxes = zip(*((one['score'], one['box']) for one in found if one['label'] == label))
+        boxes = torch.tensor(boxes)
+        classes[label] = scores, boxes, find_jaccard_overlap(boxes[:1], boxes)[0].tolist()
     return classes
 
 
-def nms_candidates():
+@figure(height=486)
+def nms_candidates(canvas):
     """All candidates at step 60."""
-    canvas, classes = Canvas(height=486), candidates()
+    classes, found = candidates(), read('teach')['steps']['60']['candidates']
     scene = Scene(canvas, DOG, 16, 16, 568)
-    for _, boxes, _ in classes.values():
-        scene.boxes(boxes.clamp(0, 1), BLUE, thin=True)
+    draw_found(scene, found, thin=True)
     for label, (scores, boxes, _) in classes.items():
-        around = (*boxes[:, :2].amin(dim=0).clamp(min=0).tolist(), *boxes[:, 2:].amax(dim=0).clamp(max=1).tolist())
-        scene.label(around, AMBER, f'{len(scores)} × {label}')
-    n_candidates = sum(len(scores) for scores, _, _ in classes.values())
-    canvas.center(300, 470, f'step 60: {n_candidates} candidates with a score above {MIN_SCORE}', bold=False)
-    return canvas
+        around = (*boxes[:, :2].amin(dim=0).tolist(), *boxes[:, 2:].amax(dim=0).tolist())
+        scene.label(clipped(around), AMBER, f'{len(scores)} × {label}')
+    canvas.center(300, 470, f'step 60: {len(found)} candidates with a score above {MIN_SCORE}', bold=False)
 
 
-def nms_overlaps():
+@figure()
+def nms_overlaps(canvas):
     """Of each class the best eight candidates, and how much they overlap the best one."""
-    canvas, classes, y = Canvas(), candidates(), 16
+    classes, y = candidates(), 16
     for label, (scores, _, overlaps) in classes.items():
         shown = min(len(scores), 8)
-        rows = [[label, *(str(i) for i in range(1, shown + 1))],
-                ['score', *(f'{score:.2f}' for score in scores[:shown])],
+        rows = [[label, *map(str, range(1, shown + 1))], ['score', *(f'{score:.2f}' for score in scores[:shown])],
                 ['overlap', *(f'{overlap:.2f}' for overlap in overlaps[:shown])]]
         fills = {(row, i): tint(BLUE if i == 1 else GRAY) for row in (1, 2) for i in range(1, shown + 1)
-                 if i == 1 or overlaps[i - 1] > MAX_OVERLAP}
+                 if overlaps[i - 1] > MAX_OVERLAP}
         canvas.table(16, y, (96, *[59] * shown), rows, fills)
         y += 125
         if min(overlaps) > MAX_OVERLAP:
             canvas.text(16, y, f'{label} 1 suppresses all {len(scores) - 1} others: they overlap it by '
                         f'{min(overlaps):.2f} to {max(overlaps[1:]):.2f}')
         y += 24
-    best = {label: boxes[:1] for label, (_, boxes, _) in classes.items()}
-    overlap = find_jaccard_overlap(best['dog'], best['bicycle']).item()
+    overlap = find_jaccard_overlap(classes['dog'][1][:1], classes['bicycle'][1][:1]).item()
     canvas.text(16, y + 12, f'dog 1 and bicycle 1, which overlap by {overlap:.2f}, would both stay\n'
                 'at any overlap: classes never suppress each other', bold=True)
     canvas.height = y + 56
-    return canvas
 
 
-def nms_result():
+@figure(height=486)
+def nms_result(canvas):
     """What suppression leaves at step 60, and what is missed."""
-    canvas, said = Canvas(height=486), read('teach')['steps']['60']
+    said = read('teach')['steps']['60']
     scene = Scene(canvas, DOG, 16, 16, 568)
     scene.box(BOXES[3].tolist(), PURPLE, dashed=True)
     draw_found(scene, said['objects'])
     canvas.center(300, 470, f'missed: the motorbike, of which its only prior is {100 * said["motorbike"]:.0f}% sure',
                   bold=False)
-    return canvas

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from model import FEATURE_MAPS, SSD300, MultiBoxLoss
-from svg import (BLUE, CHIP_HEIGHT, GRAY, GREEN, HAIRLINE, INK, PAPER, PURPLE, RED, STROKE, WHITE, Canvas,
-                 chip_width, tint)
+from svg import (BLUE, CHIP_HEIGHT, GRAY, GREEN, HAIRLINE, INK, PAPER, PURPLE, RED, STROKE, WHITE, chip_width,
+                 figure, tint)
 from utils import (cxcy_to_gcxgcy, cxcy_to_xy, find_intersection, find_jaccard_overlap, label_map,
                    picture_size, rev_label_map, xy_to_cxcy)
 
@@ -53,11 +53,11 @@ class Scene:
             self.box(xy, color, **style)
 
     def label(self, xy, color, text):
-        """A chip at a corner of a box, above it if there's room, where no other chip lies. To be drawn after all boxes,
-        which would cross it."""
+        """A chip at a corner of a box, outside it if there's room, where no other chip lies. To be drawn after all
+        boxes, which would cross it."""
         (left, top), (right, bottom), width = self.at(*xy[:2]), self.at(*xy[2:]), chip_width(text)
         corners = [(min(max(x, self.x), self.x + self.width - width), y) for y in
-                   (top - CHIP_HEIGHT, top, bottom - CHIP_HEIGHT, bottom) for x in (left, right - width)
+                   (top - CHIP_HEIGHT, bottom, top, bottom - CHIP_HEIGHT) for x in (left, right - width)
                    if self.y <= y <= self.y + self.height - CHIP_HEIGHT]
         free = [(x, y) for x, y in corners if all(x + width < x1 or x > x2 or abs(y - other_y) > CHIP_HEIGHT
                                                   for x1, x2, other_y in self.chips)]
@@ -91,30 +91,19 @@ def read(name):
     return json.loads((HERE / f'recorded/{name}.json').read_text(encoding='utf-8'))
 
 
+PLACES = [(feature_map, row, column) for feature_map in FEATURE_MAPS for row in range(feature_map.grid)
+          for column in range(feature_map.grid) for _ in range(feature_map.n_priors)]  # of the 8732 priors
+
+
 def priors_at(name, row, column):
     """Return all priors of one tile of a feature map, boundary coordinates (n_priors, 4)."""
-    first = 0
-    for feature_map in FEATURE_MAPS:
-        if feature_map.name == name:
-            first += (row * feature_map.grid + column) * feature_map.n_priors
-            return PRIORS_XY[first:first + feature_map.n_priors]
-        first += feature_map.grid ** 2 * feature_map.n_priors
+    return PRIORS_XY[[(place[0].name, *place[1:]) == (name, row, column) for place in PLACES]]
 
 
-def place_of(number):
-    """Return the feature map, row and column of one of the 8732 priors."""
-    for feature_map in FEATURE_MAPS:
-        count = feature_map.grid ** 2 * feature_map.n_priors
-        if number < count:
-            return feature_map, *divmod(number // feature_map.n_priors, feature_map.grid)
-        number -= count
-
-
-# ------------------------------------------------------------------------------------------ coordinates
-
-def coordinates():
+@figure(height=658)
+def coordinates(canvas):
     """The box of the dog in pixels, in fractions, and as its center and size."""
-    canvas, size, pixels, box = Canvas(height=658), picture_size(DOG), OBJECTS['dog'], BOXES[0].tolist()
+    size, pixels, box = picture_size(DOG), OBJECTS['dog'], BOXES[0].tolist()
     scene = Scene(canvas, DOG, 100, 60, 480)
     (x1, y1), (x2, y2) = scene.at(*box[:2]), scene.at(*box[2:])
     c_x, c_y = (x1 + x2) / 2, (y1 + y2) / 2
@@ -142,14 +131,12 @@ def coordinates():
     canvas.table(16, 446, (108, *[115] * 4), rows, {(3, i): PAPER for i in range(5)})
     canvas.text(16, 640, f'The picture has {size[0]} × {size[1]} pixels: '
                 + ', '.join(f'{pixels[i]} / {size[i]} = {fractions[i]}' for i in (0, 1)))
-    return canvas
 
 
-# ---------------------------------------------------------------------------------------- Jaccard overlap
-
-def jaccard_index():
+@figure(height=258)
+def jaccard_index(canvas):
     """Two boxes on squared paper, their intersection and their union."""
-    canvas, square = Canvas(height=258), 17.6
+    square = 17.6
     one, two = torch.tensor([[1., 1, 7, 5]]), torch.tensor([[3., 2, 9, 7]])
     overlap, shared = find_jaccard_overlap(one, two).item(), find_intersection(one, two).item()
     area_1, area_2 = (((box[0, 2:] - box[0, :2]).prod()).item() for box in (one, two))
@@ -172,12 +159,11 @@ def jaccard_index():
         canvas.center(x + 5 * square, y + 8 * square + 30, caption)
     canvas.center(300, 232, f'Jaccard overlap = intersection / union = {shared:.0f} / {area_1 + area_2 - shared:.0f} '
                   f'= {overlap:.2f}', title=True)
-    return canvas
 
 
-def jaccard_values():
+@figure(height=508)
+def jaccard_values(canvas):
     """What overlaps of about 0.25, 0.5, 0.75 and 0.9 look like."""
-    canvas = Canvas(height=508)
     dog = BOXES[:1]
     width, height = (dog[0, 2:] - dog[0, :2]).tolist()
     for i, (shift_x, shift_y) in enumerate([(0.46, -0.26), (0.22, -0.145), (0.09, -0.06), (0.035, -0.018)]):
@@ -188,14 +174,12 @@ def jaccard_values():
         scene.boxes(shifted, RED)
         canvas.chip(x + 8, y + 8, f'{find_jaccard_overlap(dog, shifted).item():.2f}', INK)
     canvas.center(300, 486, 'Jaccard overlap of the red box with the purple one', bold=False)
-    return canvas
 
 
-# ----------------------------------------------------------------------------------------------- priors
-
-def feature_maps():
+@figure(height=640)
+def feature_maps(canvas):
     """The six feature maps as grids over the squeezed picture, with the priors of one tile each."""
-    canvas, total = Canvas(height=640), 0
+    total = 0
     for i, feature_map in enumerate(FEATURE_MAPS):
         x, y, side, grid = 20 + i % 3 * 192, 20 + i // 3 * 290, 176, feature_map.grid
         scene = Scene(canvas, DOG, x, y, side, side, faded=True)
@@ -208,12 +192,11 @@ def feature_maps():
                       f'scale {feature_map.scale}\n{grid} · {grid} · {feature_map.n_priors} '
                       f'= {count}', bold=False)
     canvas.center(300, 614, f'together {total} priors', RED, title=True)
-    return canvas
 
 
-def priors_center():
+@figure(height=390)
+def priors_center(canvas):
     """The priors of the central tile of conv9_2, over a picture squeezed to a square."""
-    canvas = Canvas(height=390)
     scene = Scene(canvas, DOG, 16, 20, 320, 320, faded=True)
     scene.grid(5, tile=(2, 2), color=GRAY)
     priors = priors_at('conv9_2', 2, 2)
@@ -226,12 +209,11 @@ def priors_center():
     canvas.table(352, 56, (54, 70, 54, 54), [['prior', 'w : h', 'w', 'h'], *rows])
     canvas.text(352, 316, 'all centered at (0.5, 0.5)')
     canvas.text(16, 370, 'the photograph as the network sees it: 300 × 300 pixels')
-    return canvas
 
 
-def priors_neighbors():
+@figure(height=372)
+def priors_neighbors(canvas):
     """The same six priors on two other tiles of conv9_2; some overshoot the picture."""
-    canvas = Canvas(height=372)
 
     def overshooting(xy):
         return ((xy < 0) | (xy > 1)).any(dim=1).sum().item()
@@ -244,15 +226,14 @@ def priors_neighbors():
         canvas.center(x + 92, 300, f'row {row}, column {column}:\n{overshooting(boxes)} of 6 overshoot')
     canvas.center(300, 356, f'{overshooting(PRIORS_XY)} of all {len(PRIORS)} priors overshoot an edge, and stay so',
                   bold=False)
-    return canvas
 
 
-def objects_on_maps():
+@figure(height=694)
+def objects_on_maps(canvas):
     """Each object on the grid of the map that has its best prior."""
-    canvas = Canvas(height=694)
     for i, (label, box) in enumerate(zip(OBJECTS, BOXES.tolist())):
         best = OVERLAPS[:, i].argmax().item()
-        feature_map, row, column = place_of(best)
+        feature_map, row, column = PLACES[best]
         x, y, side = 20 + i % 2 * 288, 20 + i // 2 * 324, 272
         scene = Scene(canvas, DOG, x, y, side, side)
         scene.grid(feature_map.grid, (row, column))
@@ -260,53 +241,42 @@ def objects_on_maps():
         scene.box(PRIORS_XY[best].tolist(), RED)
         canvas.text(x, y + side + 28, f'{label}: {feature_map.name}, {OVERLAPS[best, i]:.2f}', bold=True)
     canvas.text(20, 676, 'red: the prior that overlaps it most (by the number), and its tile')
-    return canvas
 
 
-def offsets_from_prior():
+@figure(height=496)
+def offsets_from_prior(canvas):
     """The dog's box told as its offsets from its best prior."""
-    canvas = Canvas(height=496)
-    dog, best = BOXES[:1], OVERLAPS[:, 0].argmax().item()
-    chosen, xy = PRIORS[best], PRIORS_XY[best].tolist()
+    dog, best = BOXES[0], OVERLAPS[:, 0].argmax().item()
     scene = Scene(canvas, DOG, 16, 20, 268, 268, region=(0, 0.37, 0.6, 0.97))
-    offsets = cxcy_to_gcxgcy(xy_to_cxcy(dog), chosen)[0].tolist()
-    (p_x, p_y, p_w, p_h), (c_x, c_y, w, h) = chosen.tolist(), xy_to_cxcy(dog)[0].tolist()
-    scene.box(xy, RED)
-    scene.boxes(dog, PURPLE)
-    scene.callout(xy, RED, 'prior', 'bottom', 0.2)
-    scene.callout(dog[0].tolist(), PURPLE, 'dog', 'bottom', 0.8)
+    offsets = cxcy_to_gcxgcy(xy_to_cxcy(dog), PRIORS[best]).tolist()
+    (p_x, p_y, p_w, p_h), (c_x, c_y, w, h) = PRIORS[best].tolist(), xy_to_cxcy(dog).tolist()
+    for name, xy, color, place in (('prior', PRIORS_XY[best], RED, 0.2), ('dog', dog, PURPLE, 0.8)):
+        scene.box(xy.tolist(), color)
+        scene.callout(xy.tolist(), color, name, 'bottom', place)
     canvas.arrow(*scene.at(p_x, p_y), *scene.at(c_x, c_y), halo=True)
     canvas.dot(*scene.at(p_x, p_y), RED)
     canvas.dot(*scene.at(c_x, c_y), PURPLE)
-
-    rows = [['', 'c_x', 'c_y', 'w', 'h'],
-            ['dog', *(f'{value:.3f}' for value in (c_x, c_y, w, h))],
-            ['prior', *(f'{value:.3f}' for value in chosen.tolist())],
-            ['offset', *map(signed, offsets)]]
+    rows = [['', 'c_x', 'c_y', 'w', 'h'], ['dog', *(f'{value:.3f}' for value in (c_x, c_y, w, h))],
+            ['prior', *(f'{value:.3f}' for value in (p_x, p_y, p_w, p_h))], ['offset', *map(signed, offsets)]]
     fills = {(1, 0): tint(PURPLE), (2, 0): tint(RED), **{(3, column): tint(BLUE) for column in range(5)}}
     canvas.table(296, 20, (60, *[57] * 4), rows, fills, row_height=38)
-    feature_map, row, column = place_of(best)
+    feature_map, row, column = PLACES[best]
     canvas.text(296, 212, f'A prior of {feature_map.name}, row {row},\ncolumn {column}; it overlaps the dog\n'
                 f'by {OVERLAPS[best, 0]:.2f}.')
     lines = (('g_c_x', '(c_x − ĉ_x) / (ŵ / 10)', f'({c_x:.3f} − {p_x:.3f}) / {p_w / 10:.4f}'),
              ('g_c_y', '(c_y − ĉ_y) / (ĥ / 10)', f'({c_y:.3f} − {p_y:.3f}) / {p_h / 10:.4f}'),
              ('g_w', '5 · log(w / ŵ)', f'5 · log({w:.3f} / {p_w:.3f})'),
              ('g_h', '5 · log(h / ĥ)', f'5 · log({h:.3f} / {p_h:.3f})'))
-    for i, ((name, formula, numbers), offset) in enumerate(zip(lines, offsets)):
-        y = 366 + i * 36
-        canvas.text(16, y, name, BLUE, bold=True)
-        canvas.text(70, y, f'= {formula}')
-        canvas.text(270, y, f'= {numbers}')
-        canvas.text(584, y, f'= {signed(offset)}', BLUE, 'end', bold=True)
-    return canvas
+    for i, (words, offset) in enumerate(zip(lines, offsets)):
+        for x, text, color, anchor in zip((16, 70, 270, 584), (*words, signed(offset)), (BLUE, INK, INK, BLUE),
+                                          ('start', 'start', 'start', 'end')):
+            canvas.text(x, 366 + i * 36, text if x == 16 else f'= {text}', color, anchor, bold=color == BLUE)
 
 
 def signed(value):
     """Return a number with a true minus sign."""
     return f'{value:.2f}'.replace('-', '−')
 
-
-# --------------------------------------------------------------------------------------------- matching
 
 # Seven of the 8732 priors, and the side where the number of each stands; the sixth stands in the inset.
 SEVEN = {8318: ('left', 0.8), 8324: ('bottom', 0.6), 8614: ('right', 0.75), 8260: ('bottom', 0.9), 6318: ('top', 0.2),
@@ -315,9 +285,10 @@ OBJECT_SIDES = (('left', 0.3), ('right', 0.4), ('top', 0.8))
 CLOSE_UP = (0.04, 0.11, 0.19, 0.26)  # the region around the motorbike
 
 
-def matching_scene():
+@figure(height=782)
+def matching_scene(canvas):
     """The objects, seven priors, and the table of their overlaps."""
-    canvas, objects, overlaps = Canvas(height=782), BOXES.tolist(), OVERLAPS[[*SEVEN]]
+    objects, overlaps = BOXES.tolist(), OVERLAPS[[*SEVEN]]
     seven = PRIORS_XY[[*SEVEN]].tolist()
     scene = Scene(canvas, DOG, 56, 56, 340, 340)
     inset = Scene(canvas, DOG, 446, 90, 138, 138, region=CLOSE_UP)
@@ -346,12 +317,11 @@ def matching_scene():
                            (754, tint(PURPLE, 0.5), 'rule 3: an object\'s best prior, which it claims')):
         canvas.rect(16, y, 18, 18, color)
         canvas.text(44, y + 15, text)
-    return canvas
 
 
-def matching_result():
+@figure(height=532)
+def matching_result(canvas):
     """All positive priors of each object, and what became of the seven."""
-    canvas = Canvas(height=532)
     for i, (label, number) in enumerate(zip(OBJECTS, LABELS)):
         x, positive = 16 + i * 144, PRIORS_XY[number == CLASSES].clamp(0, 1)
         scene = Scene(canvas, DOG, x, 20, 136, 136, faded=True)
@@ -368,4 +338,3 @@ def matching_result():
     canvas.table(16, 228, (56, 102, 82, 104, 104, 120), rows, fills)
     n_positive = (CLASSES > 0).sum()
     canvas.text(16, 518, f'{n_positive} of {len(PRIORS)} priors are positive, {len(PRIORS) - n_positive} negative')
-    return canvas

@@ -56,17 +56,15 @@ class Canvas:
         self.width, self.height, self.shown_width = width, height, shown_width or width
         self.elements, self.pictures = [], {}
 
-    # ------------------------------------------------------------------------------------------- file
-
     def save(self, path):
         # Pages are light or dark: with a ground of its own, a figure looks the same on both.
         self.rect(1, 1, self.width - 2, self.height - 2, PAPER, EDGE, corner=8)
         self.elements.insert(0, self.elements.pop())
         defs = ''.join(f'<image id="{name}" width="{w}" height="{h}" href="data:image/jpeg;base64,{data}"/>\n'
                        for name, ((w, h), data) in self.pictures.items())
-        shown = self.shown_width, self.height * self.shown_width / self.width
-        size = (f'width="{number(shown[0])}" height="{number(shown[1])}" '
-                f'viewBox="0 0 {number(self.width)} {number(self.height)}"')
+        width, height, larger = self.width, self.height, self.shown_width / self.width
+        size = (f'width="{number(width * larger)}" height="{number(height * larger)}" '
+                f'viewBox="0 0 {number(width)} {number(height)}"')
         lines = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="{FONT}" font-size="{FONT_SIZE}">',
                  *([f'<defs>\n{defs}</defs>'] if defs else []), *self.elements, '</svg>']
         Path(path).write_bytes('\n'.join([*lines, '']).encode())
@@ -77,13 +75,10 @@ class Canvas:
         self.elements.append(f'<{tag}{words}/>' if content is None
                              else f'<{tag}{words}>{escape(content, quote=False)}</{tag}>')
 
-    # ----------------------------------------------------------------------------------------- shapes
-
     def rect(self, x, y, width, height, fill='none', stroke=None, dashed=False, opacity=None, corner=None,
              stroke_width=STROKE):
         self.add('rect', x=x, y=y, width=width, height=height, rx=corner, fill=fill, fill_opacity=opacity,
-                 stroke=stroke, stroke_width=stroke and stroke_width,
-                 stroke_dasharray='6 4' if dashed else None)
+                 stroke=stroke, stroke_width=stroke and stroke_width, stroke_dasharray='6 4' if dashed else None)
 
     def path(self, points, stroke=INK, fill='none', closed=False, dashed=False, stroke_width=STROKE):
         data = 'M' + ' L'.join(f'{number(x)} {number(y)}' for x, y in points) + ('Z' if closed else '')
@@ -105,25 +100,23 @@ class Canvas:
             self.path([(x, y), (back_x - 4.5 * dy, back_y + 4.5 * dx), (back_x + 4.5 * dy, back_y - 4.5 * dx)],
                       stroke=WHITE if halo else None, fill=color, closed=True, stroke_width=HAIRLINE)
 
-    def brace(self, x, y, height, color=INK):
+    def brace(self, x, y, height):
         """A brace } that gathers what lies at its left; its tip, in the middle, is 12 to the right of x."""
-        middle, end = y + height / 2, y + height
-        data = (f'M{number(x)} {number(y)} q6 0 6 8 V{number(middle - 7)} q0 7 6 7 q-6 0 -6 7 V{number(end - 8)} '
-                'q0 8 -6 8')
-        self.add('path', d=data, fill='none', stroke=color, stroke_width=STROKE)
+        data = f'M{number(x)} {number(y)} q6 0 6 8 v{{0}} q0 7 6 7 q-6 0 -6 7 v{{0}} q0 8 -6 8'
+        self.add('path', d=data.format(number(height / 2 - 15)), fill='none', stroke=INK, stroke_width=STROKE)
 
     def dot(self, x, y, color=INK, radius=5):
         self.add('circle', cx=x, cy=y, r=radius, fill=color, stroke=WHITE, stroke_width=HAIRLINE)
 
-    def volume(self, x, y, width, height, depth, color):
+    def volume(self, x, y, side, depth, color, cells=1):
         """A feature map: its front is what one channel looks like, its depth tells how many channels it has.
         (x, y) is the upper left corner of the front."""
-        d = 0.7 * depth  # seen at 45 degrees
-        top = [(x, y), (x + d, y - d), (x + width + d, y - d), (x + width, y)]
-        side = [(x + width, y), (x + width + d, y - d), (x + width + d, y + height - d), (x + width, y + height)]
-        self.path(top, color, tint(color, 0.15), closed=True)
-        self.path(side, color, tint(color, 0.5), closed=True)
-        self.rect(x, y, width, height, tint(color), color)
+        d, right, bottom = 0.7 * depth, x + side, y + side  # seen at 45 degrees
+        self.path([(x, y), (x + d, y - d), (right + d, y - d), (right, y)], color, tint(color, 0.15), closed=True)
+        self.path([(right, y), (right + d, y - d), (right + d, bottom - d), (right, bottom)], color, tint(color, 0.5),
+                  closed=True)
+        self.rect(x, y, side, side, tint(color), color)
+        self.grid(x, y, side, side, cells, cells, tint(color, 0.6))
 
     def grid(self, x, y, width, height, columns, rows, color=EDGE):
         """The lines between the cells of a grid."""
@@ -131,8 +124,6 @@ class Canvas:
             self.line(x + width * i / columns, y, x + width * i / columns, y + height, color, stroke_width=HAIRLINE)
         for i in range(1, rows):
             self.line(x, y + height * i / rows, x + width, y + height * i / rows, color, stroke_width=HAIRLINE)
-
-    # ------------------------------------------------------------------------------------------- text
 
     def text(self, x, y, text, color=INK, anchor='start', bold=False, title=False):
         """(x, y) lies on the base line of the first line; `anchor` is start, middle or end."""
@@ -160,8 +151,6 @@ class Canvas:
                 self.center(left + width / 2, y + (i + 0.5) * row_height + 6, cell, bold=i == 0)
                 left += width
 
-    # --------------------------------------------------------------------------------------- pictures
-
     def picture(self, source, x, y, width, height=None, region=(0, 0, 1, 1)):
         """A photograph's path or a PIL image; used several times, it's stored once. Only a region of it, in fractional
         boundary coordinates, and squeezed, if a height is given that isn't its own. Return the height."""
@@ -179,6 +168,22 @@ class Canvas:
         return height
 
 
+FIGURES = {}  # {name of the file: function that draws it}
+
+
+def figure(**size):
+    """Make a function one that draws a figure of its own name, on a canvas of this size."""
+    def register(draw):
+        def save(folder):
+            canvas = Canvas(**size)
+            draw(canvas)
+            canvas.save(Path(folder, f'{draw.__name__}.svg'))
+
+        FIGURES[f'{draw.__name__}.svg'] = save
+
+    return register
+
+
 CHIP_HEIGHT = 26
 
 
@@ -191,26 +196,23 @@ class Axes:
 
     def __init__(self, canvas, x, y, width, height, x_range, y_range, log_x=False, log_y=False):
         self.canvas, self.x, self.y, self.width, self.height = canvas, x, y, width, height
-        self.x_range, self.y_range, self.log_x, self.log_y = x_range, y_range, log_x, log_y
+        self.scales = [[math.log10 if log else float, *ends] for ends, log in ((x_range, log_x), (y_range, log_y))]
         canvas.rect(x, y, width, height, WHITE)
 
-    def at(self, value_x, value_y):
-        def part(value, ends, log):
-            start, end, value = map(math.log10, (*ends, value)) if log else (*ends, value)
-            return (value - start) / (end - start)
-
-        return (self.x + part(value_x, self.x_range, self.log_x) * self.width,
-                self.y + self.height - part(value_y, self.y_range, self.log_y) * self.height)
+    def at(self, *values):
+        x, y = ((scale(value) - scale(start)) / (scale(end) - scale(start))
+                for value, (scale, start, end) in zip(values, self.scales))
+        return self.x + x * self.width, self.y + self.height - y * self.height
 
     def ticks_x(self, values, show=str):
         for value in values:
-            x, _ = self.at(value, self.y_range[0])
+            x, _ = self.at(value, self.scales[1][1])
             self.canvas.line(x, self.y, x, self.y + self.height, EDGE, stroke_width=HAIRLINE)
             self.canvas.center(x, self.y + self.height + 24, show(value), bold=False)
 
     def ticks_y(self, values, show=str):
         for value in values:
-            _, y = self.at(self.x_range[0], value)
+            _, y = self.at(self.scales[0][1], value)
             self.canvas.line(self.x, y, self.x + self.width, y, EDGE, stroke_width=HAIRLINE)
             self.canvas.text(self.x - 8, y + 6, show(value), anchor='end')
 
