@@ -3,6 +3,7 @@
 import ast
 import base64
 import contextlib
+import csv
 import importlib
 import io
 import json
@@ -270,6 +271,16 @@ def test_the_table_of_measurements_has_the_benchmarks_stages_and_goals():
         sign = -1 if higher else 1
         missed = goal is not None and any(sign * float(ratio) > sign * goal for ratio in ratios)
         assert missed == (f'| {name} | **' in TESTS_README)
+
+
+def test_the_healthy_run_is_the_published_log():
+    log = dict(enumerate(csv.DictReader((ROOT / 'img/results/voc/gluoncv.csv').open()), start=1))
+    epochs, losses, mAPs = ([float(cell) for cell in line.split('|')[2:-1]] for line in re.findall(
+        r'^\| (?:after epoch|loss|mAP) \|.*\d.*\|$', README, flags=re.MULTILINE))
+    for epoch, loss, mAP in zip(epochs, losses, mAPs, strict=True):
+        row = {name: float(value) for name, value in log[int(epoch)].items()}
+        assert loss == round(row['confidence_loss'] + row['localization_loss_paper_units'] / 4, 1)
+        assert mAP == round(100 * row['mAP'], 1)
 
 
 def test_the_recipe_is_that_of_the_settings():
