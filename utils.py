@@ -251,11 +251,11 @@ def upright_rgb(image) -> Image.Image:
             "array, by Image.fromarray(frame[..., ::-1]) of OpenCV's BGR frames")
     image = ImageOps.exif_transpose(image)  # phones only note in EXIF data how to turn a photo
     if image.mode[0] in 'IF':  # more than 8 bits a pixel, which Pillow would cut off at 255
-        image = image.convert('I' if image.mode[0] == 'I' else 'F')  # also I;16
+        image = image.convert('F')
         highest = int(image.getextrema()[1])
         n_bits = next((bits for bits in (8, 12, 16) if highest < 2 ** bits), 32)  # cameras often use 12 of 16 bits
         scale = 255 if highest == 1 else 2 ** (8 - n_bits)  # 1: fractions
-        image = image.convert('F').point(lambda value: value * scale).convert('L')
+        image = image.point(lambda value: value * scale).convert('L')
     return image.convert('RGB')
 
 
@@ -279,8 +279,7 @@ def picture_size(path, decode=False) -> tuple[int, int]:
 
 
 def find_files(folder, suffixes) -> dict[str, list[str]]:
-    """Return {name: paths} of all files below a folder that end like that. A name is a path in the folder without
-    suffix, with slashes."""
+    """Return {name: paths} of the files below a folder that end so; names are paths without suffix, like train/a."""
     files = defaultdict(list)
     for parent, _, file_names in sorted(os.walk(folder)):
         start = Path(parent).relative_to(folder).as_posix().removeprefix('.')
@@ -339,7 +338,8 @@ def read_folder(voc_path, label_map, findings, keep_unannotated=False, with_test
     require(pictures.keys() & annotations.keys(),
             f"'{voc_path}' has {len(pictures):,} pictures and {len(annotations):,} XML files, but none of a picture's "
             'name: export your annotations as Pascal VOC, and name the folders JPEGImages and Annotations')
-    splits = split_names(voc_path, pictures, annotations, with_test)[:1 + with_test]
+    splits = split_names(voc_path, pictures, annotations, with_test)
+    splits = splits if with_test else splits[:1]
     names, usable = dict.fromkeys(chain(*splits)), {}
     for name in tqdm(names, desc=voc_path.name, unit=' pictures'):
         path, *others = pictures.get(name, [str(folders[0] / name)])

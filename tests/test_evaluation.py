@@ -234,7 +234,8 @@ def lists(tmp_path_factory):
     folder = tmp_path_factory.mktemp('evaluation')
     pictures = {name: (Image.new('RGB', size, f'hsl({sum(size)}, 80%, 50%)'), objects)
                 for size, (name, objects) in zip(SIZES, make_objects().items())}
-    create_data_lists(make_voc(make_voc(folder / 'voc', {'a': []}), pictures, 'test'), None, folder / 'lists')
+    voc = make_voc(folder / 'voc', {'a': [('cat', (1, 1, 9, 9), 0)]})
+    create_data_lists(make_voc(voc, pictures, 'test'), None, folder / 'lists')
     return folder / 'lists'
 
 
