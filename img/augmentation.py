@@ -28,7 +28,7 @@ def through(boxes, window):
 @figure(height=468)
 def augmentation(canvas):
     """One picture on its way: zoomed out, cropped, mirrored, its colors distorted."""
-    picture, window = read_image(DOG), utils.look_through
+    picture, window = read_image(DOG), utils.render_window
     random.seed(4)
     torch.manual_seed(4)
     larger = zoom_out(*picture.size)

@@ -34,7 +34,7 @@ def write(name, content):
 
 
 def image_of(path, model):
-    return utils.look_through(utils.read_image(path), mean=model.image_mean, std=model.image_std)  # (3, 300, 300)
+    return utils.render_window(utils.read_image(path), mean=model.image_mean, std=model.image_std)  # (3, 300, 300)
 
 
 def rounded(boxes, labels, scores, names):

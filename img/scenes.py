@@ -23,7 +23,7 @@ LABELS = torch.tensor([label_map[label] for label in OBJECTS])  # (4)
 PRIORS = SSD300.create_prior_boxes()  # (8732, 4), center-size
 PRIORS_XY = cxcy_to_xy(PRIORS)  # (8732, 4)
 OVERLAPS = find_jaccard_overlap(PRIORS_XY, BOXES)  # (8732, 4)
-CLASSES = MultiBoxLoss(PRIORS).match([BOXES], [LABELS])[1][0]  # (8732): what each prior has to learn
+CLASSES = MultiBoxLoss(PRIORS).match(BOXES, LABELS)[1]  # (8732): what each prior has to learn
 
 
 class Scene:
@@ -56,11 +56,11 @@ class Scene:
         """A chip at a corner of a box, outside it if there's room, where no other chip lies. To be drawn after all
         boxes, which would cross it."""
         (left, top), (right, bottom), width = self.at(*xy[:2]), self.at(*xy[2:]), chip_width(text)
-        corners = [(min(max(x, self.x), self.x + self.width - width), y) for y in
-                   (top - CHIP_HEIGHT, bottom, top, bottom - CHIP_HEIGHT) for x in (left, right - width)
+        corners = [(min(max(x, self.x), self.x + self.width - width), y)
+                   for y in (top - CHIP_HEIGHT, bottom, top, bottom - CHIP_HEIGHT) for x in (left, right - width, right)
                    if self.y <= y <= self.y + self.height - CHIP_HEIGHT]
-        free = [(x, y) for x, y in corners if all(x + width < x1 or x > x2 or abs(y - other_y) > CHIP_HEIGHT
-                                                  for x1, x2, other_y in self.chips)]
+        free = [(x, y) for x, y in corners
+                if all(x + width < x1 or x > x2 or abs(y - y1) > CHIP_HEIGHT for x1, x2, y1 in self.chips)]
         for x, y in free[:1]:  # no place, no chip
             self.chips.append((x, x + width, y))
             self.canvas.chip(x, y, text, color)
