@@ -40,7 +40,7 @@ def save(path, epoch=3):
 def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
     network, optimizer = save(tmp_path / 'checkpoint.pth')
     loaded = load_checkpoint(tmp_path / 'checkpoint.pth')
-    assert (loaded['format'], loaded['epoch'], loaded['label_map']) == (2, 3, LABEL_MAP)
+    assert (loaded['format'], loaded['epoch'], loaded['label_map']) == (3, 3, LABEL_MAP)
     assert loaded['settings'] == current_settings(train)
     assert (loaded['image_mean'], loaded['image_std']) == (network.image_mean, network.image_std)
     assert loaded['clip_boxes'] and torch.equal(loaded['priors_cxcy'], network.priors_cxcy)

@@ -27,7 +27,7 @@ def lists(tmp_path):
     image = noise(64, 48)
     voc = make_voc(tmp_path / 'VOC', {'two': (image, [cat, dog]), 'difficult': [dog], 'none': [],
                                       'three': [cat, cat, cat]})
-    make_voc(voc, {'two': (image, [cat, dog])}, split='test')
+    make_voc(voc, {'other': (image, [cat, dog])}, split='test')
     create_data_lists(voc, None, tmp_path / 'lists')
     return tmp_path / 'lists'
 
