@@ -11,12 +11,11 @@ best_checkpoint_ssd300.pth. All files go to output_folder, also training_log.png
 TensorBoard's runs where that is. If a run ends early, its last line is the command that resumes it.
 """
 
-import csv
-import io
 import math
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -66,7 +65,7 @@ precision: str = 'float32'  # TF32 on GPUs since Ampere; 'bfloat16', 'float16'; 
 seed: int = 0  # random seed: on one CPU, the same seed gives the same weights
 
 LEARNING = list(__annotations__)[list(__annotations__).index('keep_difficult'):]
-CHECKPOINT_NAME, LOG_NAME = 'checkpoint_ssd300.pth', 'training_log.csv'
+CHECKPOINT_NAME, BEST_NAME = 'checkpoint_ssd300.pth', 'best_checkpoint_ssd300.pth'
 
 
 def main():
@@ -263,12 +262,11 @@ class Run:
             self.epoch, self.log = resumed['epoch'], resumed['log']
             require(self.epoch < epochs or self.lacks_mAP(), f"checkpoint '{checkpoint}' was already trained for "
                     f'{self.epoch} epochs: set epochs to more than that')
-        try:
+        self.board = None  # TensorBoard, where it is installed
+        with only_warn(), suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
-            # Of what an earlier run has sent to the same folder, later epochs are hidden.
-            self.board = SummaryWriter(Path(output_folder, 'runs'), purge_step=self.epoch + 1) if is_main else None
-        except ImportError:
-            self.board = None
+            if is_main:  # of what an earlier run has sent to the same folder, later epochs are hidden
+                self.board = SummaryWriter(Path(output_folder, 'runs'), purge_step=self.epoch + 1)
 
     def save_epoch(self, line):
         """Save what an epoch has brought. Raises InputError if its last step has ruined the weights: a loss only
@@ -298,40 +296,35 @@ class Run:
             is_best = all(line['mAP'] is None or mAP > line['mAP'] for line in self.log)
             self.log[-1]['mAP'] = mAP
             if is_best:
-                self.save(f'best_{CHECKPOINT_NAME}')
+                self.save(BEST_NAME)
             self.save(CHECKPOINT_NAME)
             self.write_log({'mAP': mAP})
 
     def save(self, name):
-        path, is_first = Path(output_folder, name), self.last_saved is None
+        path = Path(output_folder, name)
         save_checkpoint(path, self.epoch, self.model, self.optimizer, self.label_map,
                         current_settings(sys.modules[__name__]), self.scaler, self.log)
-        if is_first and not (checkpoint and Path(checkpoint).resolve().parent == path.resolve().parent):
-            Path(output_folder, f'best_{CHECKPOINT_NAME}').unlink(missing_ok=True)  # that of an overwritten run
+        if not self.last_saved and not (checkpoint and Path(checkpoint).resolve().parent == path.resolve().parent):
+            for old in {BEST_NAME, CHECKPOINT_NAME} - {name}:  # those of the run that this one overwrites
+                Path(output_folder, old).unlink(missing_ok=True)
         self.last_saved = path
 
     def write_log(self, news):
         """Write the log to training_log.csv, the news to TensorBoard, and a picture where matplotlib is installed. The
         checkpoint holds the log as well: if it can't be written here, that is no reason to stop."""
-        path = Path(output_folder, LOG_NAME)
-        with only_warn():
-            text = io.StringIO()
-            writer = csv.DictWriter(text, self.log[-1], restval='', extrasaction='ignore', lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(self.log)
-            with replaced_file(path) as file:
-                file.write(text.getvalue().encode())
+        columns = {name: [line.get(name) for line in self.log] for name in self.log[-1]}
+        rows = [columns, *([value if value is not None else '' for value in row] for row in zip(*columns.values()))]
+        with only_warn(), replaced_file(Path(output_folder, 'training_log.csv')) as file:
+            file.write(''.join(','.join(map(str, row)) + '\n' for row in rows).encode())
         with only_warn():
             for name, value in news.items():
                 if self.board and value is not None:
                     self.board.add_scalar(name, value, self.epoch)
         with only_warn():
-            def curve(column):
-                return [line['epoch'] for line in self.log], [line.get(column) for line in self.log]
-
-            draw_plots(path.with_suffix('.png'), {
-                'loss': {name: curve(name) for name in ('loss', 'confidence_loss', 'localization_loss')},
-                'learning rate': {'': curve('lr')}, 'mAP': {'': curve('mAP')}})
+            curves = {name: (columns['epoch'], columns[name]) for name in columns}
+            draw_plots(Path(output_folder, 'training_log.png'), {
+                'loss': {name: curves[name] for name in ('loss', 'confidence_loss', 'localization_loss')},
+                'learning rate': {'': curves['lr']}, 'mAP': {'': curves['mAP']}})
 
 
 def gentler_settings() -> dict:
@@ -342,11 +335,10 @@ def gentler_settings() -> dict:
 def check_output_folder():
     """Raise InputError if output_folder can't be written to, or holds a run that this one would overwrite."""
     make_folder(output_folder)
-    paths = [Path(output_folder, name) for name in (CHECKPOINT_NAME, f'best_{CHECKPOINT_NAME}')]
-    held = next((path for path in paths if path.exists()), None)
-    if held and not overwrite and not (checkpoint and Path(checkpoint).exists() and held.samefile(checkpoint)):
-        raise InputError(f"'{held}' holds a run of {load_checkpoint(held)['epoch']} epochs: continue it with "
-                         f'--checkpoint {held}, choose another output_folder, or let --overwrite replace it')
+    held = [path for path in (Path(output_folder, CHECKPOINT_NAME), Path(output_folder, BEST_NAME)) if path.exists()]
+    if held and not overwrite and not (checkpoint and Path(checkpoint).resolve() == held[0].resolve()):
+        raise InputError(f"'{held[0]}' holds a run of {load_checkpoint(held[0])['epoch']} epochs: continue it with "
+                         f'--checkpoint {held[0]}, choose another output_folder, or let --overwrite replace it')
 
 
 def load_resumed() -> dict:

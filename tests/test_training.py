@@ -203,7 +203,8 @@ def test_finetuning_starts_from_the_weights_and_the_normalization_of_another_net
     monkeypatch.setattr(model, 'image_mean', [0.1, 0.2, 0.3])
     save_checkpoint(tmp_path / 'other.pth', 3, model, train.make_optimizer(model), utils.label_map, {})
     monkeypatch.setattr(train, 'train_epoch', lambda network, *_: networks.append(network))
-    monkeypatch.setattr(train.Progress, 'summary', lambda *_: {'epoch': 1, 'mAP': None})
+    line = dict.fromkeys(('loss', 'confidence_loss', 'localization_loss', 'lr', 'mAP')) | {'epoch': 1}
+    monkeypatch.setattr(train.Progress, 'summary', lambda *_: line)
     means, networks = [], []
     monkeypatch.setattr(PascalVOCDataset, 'normalize_for', lambda _, network: means.append(network.image_mean))
     monkeypatch.setattr(train, 'evaluate', lambda loader, *_: ({}, float(loader.dataset.keep_difficult)))
