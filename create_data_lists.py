@@ -1,4 +1,4 @@
-"""Makes the data lists that train.py and eval.py read.
+"""Make the data lists that train.py and eval.py read.
 
     python create_data_lists.py                  # the embedded sample: sixteen pictures of emoji
     python create_data_lists.py --download       # fetches PASCAL VOC 2007 and 2012 (2.8 GB) and uses that
@@ -38,8 +38,8 @@ download_folder: str = 'voc'  # where a download goes: 2.8 GB of archives, and a
 
 
 def download_voc(folder) -> tuple[Path, Path]:
-    """Fetches 2007 trainval, 2007 test and 2012 trainval and extracts them; archives that are there already
-    are only checked. Returns the folders VOC2007 and VOC2012."""
+    """Fetch and extract 2007 trainval, 2007 test and 2012 trainval; archives that are there already are only
+    checked. Return the folders VOC2007 and VOC2012."""
     make_folder(folder)
     for year, image_set in (('2007', 'trainval'), ('2007', 'test'), ('2012', 'trainval')):
         print(f'VOC {year} {image_set}')
@@ -53,7 +53,7 @@ def download_voc(folder) -> tuple[Path, Path]:
 
 
 def coverage(boxes, box_labels, label_names, priors_cxcy) -> dict[str, tuple]:
-    """Which objects can the priors find? An object that no prior overlaps by 0.5 is learned from one prior
+    """Return which objects the priors can find. An object that no prior overlaps by 0.5 is learned from one prior
     alone, the one that it claims.
 
     :param boxes: objects in fractional boundary coordinates (n, 4)
@@ -76,7 +76,7 @@ def coverage(boxes, box_labels, label_names, priors_cxcy) -> dict[str, tuple]:
 
 
 def best_prior_overlaps(boxes, priors_cxcy):
-    """For each object, its largest Jaccard overlap with any prior (n).
+    """Return each object's largest Jaccard overlap with any prior (n).
 
     :param boxes: objects in fractional boundary coordinates (n, 4): as the network sees them, in a square image
     :param priors_cxcy: priors in center-size coordinates (8732, 4)
@@ -87,14 +87,14 @@ def best_prior_overlaps(boxes, priors_cxcy):
 
 
 def print_coverage(rows):
-    """Prints what `coverage` returns as a table, and advice for classes that the priors hardly find."""
+    """Print what `coverage` returns as a table, and advice for classes that the priors hardly find."""
     width = max(20, *(len(label) + 2 for label in rows))
     print(f'\n{"training objects":<{width}}{"number":>8}{"prior ≥ 0.5":>13}{"median best":>13}{"too small":>11}')
     for label, (number, found, median, smaller) in rows.items():
         print(f'{label:<{width}}{number:>8,}{found:>13.1%}{median:>13.2f}{smaller:>11.1%}')
     print("prior ≥ 0.5: the share of objects that some prior overlaps by at least 0.5; median best: of the objects'\n"
-          'largest overlaps; too small: the share of objects with less area than the smallest prior. With the priors of\n'
-          'model.py, as in training from ImageNet\'s weights: a checkpoint brings its own')
+          'largest overlaps; too small: the share of objects with less area than the smallest prior.\n'
+          "The priors are those of model.py, as in training from ImageNet's weights: a checkpoint brings its own")
     poor = [label for label, (_, found, _, _) in rows.items() if found < 0.8 and label != 'all']
     if poor:
         print(f'Fewer than 80 % find a prior: {", ".join(poor)}. If they are small, cut the pictures into parts or\n'

@@ -15,7 +15,6 @@ A "picture" is a photograph: a file, or a PIL image. An "image" is the normalize
 """
 
 import argparse
-import codecs
 import colorsys
 import csv
 import inspect
@@ -198,10 +197,7 @@ def parse_annotation(annotation_path, label_map=label_map, size=None, findings=N
     index_of = {label.lower(): index for label, index in label_map.items() if index > 0}
     objects = {'boxes': [], 'labels': [], 'difficulties': []}
     try:
-        data = Path(annotation_path).read_bytes()
-        # Decoded here where an encoding is declared: the parser doesn't know the Chinese, Japanese and Korean ones.
-        encoding = re.match(rb'<\?xml[^>]*encoding=["\']([\w.-]+)', data)
-        root = ElementTree.fromstring(data.decode(encoding[1].decode()) if encoding else data)
+        root = ElementTree.parse(annotation_path).getroot()
         if root.tag != 'annotation':
             raise ValueError(f'its root is <{root.tag}>, not <annotation>')
         noted = [float(root.findtext(tag) or 0) for tag in ('size/width', 'size/height')]
@@ -255,11 +251,11 @@ def upright_rgb(image) -> Image.Image:
             "array, by Image.fromarray(frame[..., ::-1]) of OpenCV's BGR frames")
     image = ImageOps.exif_transpose(image)  # phones only note in EXIF data how to turn a photo
     if image.mode[0] in 'IF':  # more than 8 bits a pixel, which Pillow would cut off at 255
-        image = image.convert('I' if image.mode[0] == 'I' else 'F')  # also I;16
+        image = image.convert('F')
         highest = int(image.getextrema()[1])
         n_bits = next((bits for bits in (8, 12, 16) if highest < 2 ** bits), 32)  # cameras often use 12 of 16 bits
         scale = 255 if highest == 1 else 2 ** (8 - n_bits)  # 1: fractions
-        image = image.convert('F').point(lambda value: value * scale).convert('L')
+        image = image.point(lambda value: value * scale).convert('L')
     return image.convert('RGB')
 
 
@@ -283,8 +279,7 @@ def picture_size(path, decode=False) -> tuple[int, int]:
 
 
 def find_files(folder, suffixes) -> dict[str, list[str]]:
-    """Return {name: paths} of all files below a folder that end like that. A name is a path in the folder without
-    suffix, with slashes."""
+    """Return {name: paths} of the files below a folder that end so; names are paths without suffix, like train/a."""
     files = defaultdict(list)
     for parent, _, file_names in sorted(os.walk(folder)):
         start = Path(parent).relative_to(folder).as_posix().removeprefix('.')
@@ -297,45 +292,38 @@ def find_files(folder, suffixes) -> dict[str, list[str]]:
 def read_names(list_path, pictures) -> list[str]:
     """Return the names in one of VOC's lists, one a line. A line may also have a suffix and a flag: 'a.jpg 1'."""
     try:
-        data = list_path.read_bytes()
+        data = list_path.read_bytes() if list_path.exists() else b''
         # Windows' PowerShell writes UTF-16, and Windows' editors put a byte order mark before UTF-8.
-        text = data.decode('utf-16' if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else 'utf-8-sig')
+        text = data.decode('utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig')
     except (OSError, UnicodeDecodeError) as error:
-        hint = 'save it as UTF-8'
-        if not list_path.exists():
-            hint = ("write the pictures' names into it, one a line, or remove the other list, too"
-                    if 'VOC2007' not in list_path.parts else 'extract VOC 2007 test over 2007 trainval')
-        raise InputError(f"the list '{list_path}' can't be read ({error}): {hint}") from None
+        raise InputError(f"the list '{list_path}' can't be read ({error}): save it as UTF-8") from None
     names = []
     for line in filter(None, map(str.strip, text.replace('\\', '/').splitlines())):
         forms = [line, re.sub(r'\s+-?[01]$', '', line)]
         forms += [re.sub(r'\.\w+$', '', form) for form in forms]
         names.append(next((form for form in forms if form in pictures), line))
-    require(names, f"the list '{list_path}' names no picture: write a picture's name on each line")
     return names
 
 
-def split_names(voc_path, pictures, annotations, with_test=True) -> list[list[str]]:
-    """Return the names of a folder's pictures for training and, with_test, for testing: those in its lists; without
-    lists, those below train/ and below test/, valid/ or val/; without these folders, every fifth is for testing."""
+def split_names(voc_path, pictures, annotations, with_test) -> list[list[str]]:
+    """Return the names of a folder's pictures for training and for testing: those in its lists; without lists, those
+    below train/ and below test/, valid/ or val/; without these folders, every fifth is for testing (with_test)."""
     lists = [voc_path / 'ImageSets' / 'Main' / f'{split}.txt' for split in ('trainval', 'test')]
     if any(path.exists() for path in lists):
-        return [read_names(path, pictures) for path in (lists if with_test else lists[:1])]
+        return [read_names(path, pictures) for path in lists]
     below = defaultdict(list)  # {folder of a split, or None: names}
     for name in pictures:
         below[next((part for part in name.lower().split('/')[:-1] if part in SPLIT_FOLDERS), None)].append(name)
     test = next((folder for folder in SPLIT_FOLDERS[1:] if folder in below), None)
     if 'train' in below and test:
-        n_others = len(pictures) - len(below['train']) - len(below[test])
-        print(f"'{voc_path}' has no lists: train/ is for training, {test}/ for testing, and {n_others:,} others are "
-              'left out')
-        return [below['train'], below[test]] if with_test else [below['train']]
+        print(f"'{voc_path}' has no lists: train/ is for training, {test}/ for testing, all else is left out")
+        return [below['train'], below[test]]
     if not with_test:
-        return [list(pictures)]
-    print(f"'{voc_path}' has no lists (ImageSets/Main/trainval.txt and test.txt): every fifth picture is for testing. "
-          'Write lists if pictures belong together: the frames of a film must be in one split')
-    for_testing = [name for name in pictures if name in annotations][::5]
-    return [sorted(pictures.keys() - set(for_testing)), for_testing]
+        return [list(pictures), []]
+    test = [name for name in pictures if name in annotations][::5]
+    print(f"'{voc_path}' has no lists (ImageSets/Main/trainval.txt and test.txt): every fifth picture is for testing, "
+          f'{len(test):,} of them. Write lists if pictures belong together: all frames of a film must be in one split')
+    return [sorted(pictures.keys() - set(test)), test]
 
 
 def read_folder(voc_path, label_map, findings, keep_unannotated=False, with_test=True) -> list[list[tuple]]:
@@ -348,10 +336,12 @@ def read_folder(voc_path, label_map, findings, keep_unannotated=False, with_test
         folders = [voc_path, voc_path]  # then each XML file is beside its picture
     pictures, annotations = find_files(folders[0], PICTURE_SUFFIXES), find_files(folders[1], ('.xml',))
     require(pictures.keys() & annotations.keys(),
-            f"'{voc_path}' has {len(pictures):,} pictures and {len(annotations):,} XML files, but none with a picture's "
+            f"'{voc_path}' has {len(pictures):,} pictures and {len(annotations):,} XML files, but none of a picture's "
             'name: export your annotations as Pascal VOC, and name the folders JPEGImages and Annotations')
-    splits, usable = split_names(voc_path, pictures, annotations, with_test), {}
-    for name in tqdm(dict.fromkeys(chain(*splits)), desc=voc_path.name, unit=' pictures'):
+    splits = split_names(voc_path, pictures, annotations, with_test)
+    splits = splits if with_test else splits[:1]
+    names, usable = dict.fromkeys(chain(*splits)), {}
+    for name in tqdm(names, desc=voc_path.name, unit=' pictures'):
         path, *others = pictures.get(name, [str(folders[0] / name)])
         if name in pictures and name not in annotations and not keep_unannotated:
             findings.notes['pictures have no XML file and are left out (--keep_unannotated takes them as pictures '
@@ -366,7 +356,7 @@ def read_folder(voc_path, label_map, findings, keep_unannotated=False, with_test
             usable[name] = path, size, objects
         except InputError as error:
             findings.faults.append(str(error).rpartition(': ')[0])  # without its advice
-    orphans = [f"'{paths[0]}'" for name, paths in annotations.items() if name not in pictures]
+    orphans = [f"'{paths[0]}'" for name, paths in annotations.items() if name not in pictures and name not in names]
     if orphans:
         findings.notes['XML files have no picture of their name'] += orphans
     return [[usable[name] for name in names if name in usable] for names in splits]
@@ -405,21 +395,22 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
     n_faults = len(findings.faults)
     require(not n_faults, f"of {len(train) + len(test) + n_faults:,} pictures {n_faults:,} can't be used: "
                           f'{some(findings.faults)}: repair (texts as UTF-8) or replace them, or leave them out')
-    require(train and test, f'no picture for {"testing" if train else "training"} has an XML file: annotate more')
+    for name, pictures in (('trainval.txt', train), ('test.txt', test)):
+        require(pictures, f"there is no annotated picture for {Path(voc07_path, 'ImageSets', 'Main', name)}: " + (
+            'extract both archives of VOC 2007 there' if Path(voc07_path).name == 'VOC2007' else 'name some in it'))
     others = ', '.join(f'{label} ({count:,})' for label, count in findings.labels.most_common()
-                       if label.lower() not in map(str.lower, labels)) or 'none'
+                       if label.lower() not in map(str.lower, labels))
     n_empty = sum(not objects['boxes'] for *_, objects in train)
     require(n_empty < len(train), f'no training picture has an object of {", ".join(labels)}: set labels to those that '
-                                  f'the annotations have (others there: {others})')
+                                  f'the annotations have (others there: {others or "none"})')
     if skip_empty:
         train = [picture for picture in train if picture[2]['boxes']]
 
     write_data_lists(output_folder, label_map, TRAIN=train, TEST=test)
     if n_empty:
-        print(f'{n_empty:,} training pictures have no object of these labels: ' + (
-            'left out' if skip_empty else "they teach nothing without train.py's min_negatives, and --skip_empty leaves "
-                                          'them out'))
-    if others != 'none':
+        print(f"{n_empty:,} training pictures have no object of these labels: " + ('left out' if skip_empty else (
+            "they teach nothing without train.py's min_negatives, --skip_empty leaves them out")))
+    if others:
         print(f'Left out the objects of other labels: {others}')
 
     boxes = [[x_min / width, y_min / height, x_max / width, y_max / height] for _, (width, height), objects in train
@@ -429,7 +420,7 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
 
 
 def write_data_lists(output_folder, label_map, **pictures):
-    """Writes label_map.json and the two lists of each split, given as {split: what `read_split` returns}."""
+    """Write label_map.json and the two lists of each split, given as {split: what `read_folder` returns}."""
     files = {'label_map': label_map}
     for split in pictures:
         files[f'{split}_images'], _, files[f'{split}_objects'] = zip(*pictures[split])

@@ -2,14 +2,16 @@
 
 import json
 import os
+import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import noise
 from PIL import Image, ImageColor, ImageDraw
 
 import detect
-from utils import IMAGENET_MEAN, IMAGENET_STD, InputError, label_color_map, label_map
+from utils import IMAGENET_MEAN, IMAGENET_STD, InputError, label_color_map, label_map, read_image
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -40,7 +42,7 @@ def network(monkeypatch):
     """A fake network in place of the checkpoint's, which finds a cat, a dog beyond the edges, and another cat."""
     fake = FakeNetwork([('cat', 0.9, [0.25, 0.25, 0.5, 0.75]), ('dog', 0.6, [-0.5, 0.5, 1.25, 1.5]),
                         ('cat', 0.3, [0.0, 0.0, 0.125, 0.125])])
-    monkeypatch.setattr(detect, 'load_detector', lambda checkpoint: (fake, label_map))
+    monkeypatch.setattr(detect, 'load_detector', lambda *_: (fake, label_map))
     monkeypatch.setattr(detect, 'show', lambda image: None)
     return fake
 
@@ -95,9 +97,20 @@ def test_the_surest_object_is_drawn_on_top_in_a_frame_that_is_seen_in_pictures_o
         assert drawn.getpixel((side // 2, side // 2)) == (0, 0, 0)  # a frame, no area
 
 
+def test_letters_that_the_font_lacks_are_warned_of_and_a_font_can_be_named(recwarn):
+    colors, place = {'big cat': 'red', 'бумага': 'red'}, (1, (9, 30, 80, 50))
+    detect.draw_objects(Image.new('RGB', (90, 60)), [('big cat', *place)], colors)
+    assert not recwarn
+    with pytest.warns(UserWarning, match="lacks letters of 'бумага': set font"):
+        detect.draw_objects(Image.new('RGB', (90, 60)), [('бумага', *place)], colors)
+    with pytest.raises(InputError, match="font 'no.ttf' can't be read"):
+        detect.draw_objects(Image.new('RGB', (90, 60)), [], colors, 'no.ttf')
+
+
 # --------------------------------------------------------------------------------------- finding objects
 
 def test_objects_are_told_in_the_pictures_own_pixels_and_end_at_its_edges(network):
+    network.objects.insert(1, ('bus', 0.8, [0.25, -0.5, 0.5, -0.1]))  # wholly above the picture
     assert detect.find_objects(noise(400, 200), 0.2, 0.5, 200) == [
         ('cat', pytest.approx(0.9), (100, 50, 200, 150)), ('dog', pytest.approx(0.6), (0, 100, 400, 200)),
         ('cat', pytest.approx(0.3), (0, 0, 50, 25))]
@@ -111,6 +124,21 @@ def test_the_network_sees_the_picture_as_it_wants_it_and_gets_the_settings(netwo
     expected = torch.tensor([0.5, -0.25, -0.125]) * 255
     torch.testing.assert_close(image.amin(dim=(0, 2, 3)), expected)
     torch.testing.assert_close(image.amax(dim=(0, 2, 3)), expected)
+
+
+@pytest.mark.parametrize(('mode', 'orientation', 'size'), [('RGB', 6, (48, 64)), ('I;16', 1, (64, 48))])
+def test_turned_and_deep_pictures_are_seen_as_in_training(network, tmp_path, mode, orientation, size):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 65536, (48, 64)).astype('uint16')
+    (Image.fromarray(pixels) if mode == 'I;16' else noise(64, 48)).save(tmp_path / 'picture.png', exif=exif)
+    with Image.open(tmp_path / 'picture.png') as image:
+        assert detect.find_objects(image, 0.2, 0.5, 9)[0][2] == (size[0] / 4, size[1] / 4, size[0] / 2, size[1] * 0.75)
+        assert detect.detect(image, 0.2, 0.5, 9, detector=(network, label_map)).size == size
+    detect.find_objects(read_image(tmp_path / 'picture.png'), 0.2, 0.5, 9)
+    assert torch.equal(network.seen[0], network.seen[2])
+    with pytest.raises(InputError, match=r'not ndarray.*fromarray\(frame\[..., ::-1\]\)'):
+        detect.detect(pixels, 0.2, 0.5, 9)
 
 
 def test_detect_annotates_a_copy_for_any_detector_and_leaves_out_what_is_suppressed(monkeypatch):
@@ -130,7 +158,7 @@ def test_detect_annotates_a_copy_for_any_detector_and_leaves_out_what_is_suppres
 
 # --------------------------------------------------------------------------------------- main and saving
 
-def test_main_prints_a_line_per_object_and_the_path_of_the_copy(run, picture, tmp_path, capsys):
+def test_main_prints_a_line_per_object_and_the_path_of_the_copy(run, picture, tmp_path, capsys, monkeypatch):
     run(picture)
     *objects, last = capsys.readouterr().out.splitlines()
     assert [line.split(maxsplit=2) for line in objects] == [
@@ -142,6 +170,12 @@ def test_main_prints_a_line_per_object_and_the_path_of_the_copy(run, picture, tm
         assert image.size == (400, 200) and image.getpixel((100, 100)) == ImageColor.getrgb(label_color_map['cat'])
     with pytest.raises(InputError, match=r"'yeti'.*are aeroplane, .*tvmonitor"):
         run(picture, suppress=['cat', 'yeti'])
+    with pytest.raises(InputError, match="device 'gpu' can't be used here"):
+        run(picture, device='gpu')
+    monkeypatch.setattr(sys.stdout, 'writelines', lambda lines: os.write(-1, b''))  # as if its pipe were closed
+    with pytest.raises(OSError):
+        run(picture, output='first', device='cpu', suppress=None, save_json=True)
+    assert sorted(os.listdir(tmp_path / 'first')) == ['detections.json', 'my photo.png']  # all was saved before
 
 
 @pytest.mark.parametrize(('output', 'expected', 'kind'), [
@@ -171,7 +205,8 @@ def test_one_unreadable_picture_of_a_folder_is_reported_and_the_rest_goes_on(run
     for name in ('a.jpg', 'c.png'):
         Image.new('RGB', (60, 40)).save(folder / name)
     (folder / 'b.jpg').write_bytes(b'no picture')
-    (folder / 'notes.txt').write_text('no picture either')
+    for name in ('notes.txt', 'notes.pdf', 'film.mpg'):
+        (folder / name).write_text('no picture either')
     with pytest.raises(InputError, match='1 of 3 pictures'):
         run(folder, save_json=True)
     assert str(folder / 'b.jpg') in capsys.readouterr().err
@@ -179,6 +214,10 @@ def test_one_unreadable_picture_of_a_folder_is_reported_and_the_rest_goes_on(run
     found = json.loads((tmp_path / 'out' / 'detections.json').read_text())
     assert found == {str(folder / name): [{'label': 'cat', 'score': 0.75, 'box': [15, 20, 30, 40]}]
                      for name in ('a.jpg', 'c.png')}
+    for name in ('a.jpg', 'c.png'):
+        (folder / name).write_bytes(b'no picture')
+    with pytest.raises(InputError, match='3 of 3 pictures failed'):
+        run(folder, output='nothing', save_json=True)
 
 
 def test_the_copies_of_several_pictures_never_overwrite_each_other_and_must_be_writable(run, picture, tmp_path):
@@ -191,6 +230,3 @@ def test_the_copies_of_several_pictures_never_overwrite_each_other_and_must_be_w
     assert not (tmp_path / 'out').exists()
     with pytest.raises(InputError, match=r"copy\.webp' .* choose another"):
         detect.save_image(Image.new('RGB', (70_000, 1)), tmp_path / 'copy.webp')  # WebP takes 16,383 pixels
-
-
-# ------------------------------------------------------------------------------------- a real run
