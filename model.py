@@ -253,7 +253,7 @@ class SSD300(nn.Module):
 
 def lay_out_priors(grid, n_tiles, scale, extra, ratios) -> list[tuple[float, ...]]:
     """Return (c_x, c_y, w, h) of one map's priors: row by row, position by position; at each position the first
-    ratio, the extra prior (a square with this side), the other ratios. n_tiles would fit side by side in the image."""
+    ratio, the extra prior (a square with this side), the other ratios. The image is n_tiles tiles wide."""
     # A prior of scale s and ratio a is s·√a wide and s/√a high: its area is s² whatever its ratio.
     first, *others = [(scale * sqrt(ratio), scale / sqrt(ratio)) for ratio in ratios]
     sizes = [first, (extra, extra), *others]
@@ -493,7 +493,7 @@ def from_peer(state_dict, name) -> dict:
 
 def caffe_priors(scales, clip_centers):
     """Return the priors of those who follow the authors' Caffe code, center-size (8732, 4). Their centers are whole
-    pixels apart. On conv8_2's map, 19 are 4 pixels outside the image; some implementations move them inside."""
+    pixels apart. 19 of conv8_2's are 4 pixels outside the image; some implementations move them inside."""
     priors = []
     for i, (step, feature_map) in enumerate(zip((8, 16, 32, 64, 100, 300), FEATURE_MAPS)):
         ratios = (1, 2, 3, 1 / 2, 1 / 3) if feature_map.n_priors == 6 else (1, 2, 1 / 2)
