@@ -638,23 +638,22 @@ def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
     scores, order = torch.cat(det_scores).cpu().sort(descending=True, stable=True)  # (D)
     labels = torch.cat(det_labels).cpu()[order]  # (D)
     highest_overlaps = torch.cat(highest_overlaps).cpu()[order]  # (D)
-    best_objects = torch.cat(best_objects).cpu()[order].tolist()
+    best_objects = torch.cat(best_objects).cpu()[order]  # (D)
     difficult = torch.cat(true_difficulties).tolist()
 
     matches = []
     for min_overlap in min_overlaps:
-        found = [False] * n_objects
-        counting, true = [], []
-        for rank, is_hit in enumerate((highest_overlaps > min_overlap).tolist()):
-            best_object = best_objects[rank]
-            if is_hit and difficult[best_object]:
-                continue
-            counting.append(rank)
-            true.append(is_hit and not found[best_object])  # a second detection of an object is false
-            if is_hit:
-                found[best_object] = True
-        counting = torch.tensor(counting, dtype=torch.long)
-        matches.append((labels[counting], scores[counting], torch.tensor(true, dtype=torch.bool)))
+        true = torch.zeros(len(scores), dtype=torch.bool)  # (D): whatever finds no object is false
+        counts = torch.ones(len(scores), dtype=torch.bool)  # (D)
+        hits, = (highest_overlaps > min_overlap).nonzero(as_tuple=True)  # (n_hits): detections that find an object
+        found = set()
+        for detection, best_object in zip(hits.tolist(), best_objects[hits].tolist()):
+            if difficult[best_object]:
+                counts[detection] = False
+            elif best_object not in found:  # otherwise it is a duplicate, and false
+                true[detection] = True
+                found.add(best_object)
+        matches.append((labels[counts], scores[counts], true[counts]))
     return matches
 
 

@@ -1,135 +1,129 @@
-"""What trained networks gave out, written down as JSON with boxes in fractional boundary coordinates, and the figures
-that are drawn from it without a network."""
+"""What networks said, written down as JSON with boxes in fractional boundary coordinates, and the figures that are
+drawn from it without a network: of one that memorizes the photograph, and of one that was trained on many."""
 
 import json
+from collections import Counter
 
 import torch
 from torch.nn import functional as F
-from torchvision.ops import nms
 
+import utils
 from model import FEATURE_MAPS, SSD300, MultiBoxLoss, load_model
-from scenes import BOATS, HERE, Scene, boats_objects, network
-from svg import AMBER, BLUE, CHIP_HEIGHT, GREEN, GRAY, LINE_HEIGHT, PURPLE, RED, Canvas, chip_width, tint
-from utils import (find_jaccard_overlap, label_map, load_checkpoint, look_through, picture_size, read_image,
-                   replaced_file, require)
+from scenes import BOXES, CLASSES, DOG, HERE, LABELS, PRIORS, PRIORS_XY, Scene, read
+from svg import AMBER, BLUE, GRAY, GREEN, LINE_HEIGHT, PURPLE, figure, tint
+from utils import find_jaccard_overlap, label_map, load_checkpoint, replaced_file, rev_label_map
 
-FOLDER = HERE / 'recorded'
-PHOTOS = sorted(path.name for path in (HERE / 'photos').glob('*.jpg') if path.name != 'dogs_and_cat.jpg')
-SHOWN = ('hopper.jpg', 'astronaut.jpg', 'cameraman.jpg', 'chelsea.jpg')  # because the network does well in them
-SHOWN_FROM = 0.5  # the lowest score that is shown there
-FAILURES = (('sheep.jpg', 'bad boxes around ewe and lamb, one\nof them a dog; the flock is missed'),
-            ('boats.jpg', 'misses: three boats, two persons'),
-            ('astronaut.jpg', 'a duplicate: half of her again;\na person in the flag'),
-            ('airplane.jpg', 'a wing as a chair, and a miss:\nno aeroplane'))  # (photograph, what went wrong there)
-HARDEST = 20  # hard negatives that are drawn
+# Which photographs are shown, with the lowest score that is drawn in each, and what is said of them.
+GALLERY = (('hopper.jpg', 0.5, ''), ('astronaut.jpg', 0.5, ''), ('chelsea.jpg', 0.5, ''), ('cameraman.jpg', 0.5, ''))
+FAILURES = (('sheep.jpg', 0.2, 'bad boxes around ewe and lamb,\none of them a dog'),
+            ('astronaut.jpg', 0.2, 'a duplicate: half of her again;\na person in the flag'),
+            ('airplane.jpg', 0.2, 'a wing as a chair, and a miss:\nno aeroplane'),
+            ('cameraman.jpg', 0.2, 'chairs and cars that aren\'t there'))
+HERO = 'memorized'  # whose detections the hero shows: 'memorized', or 'trained' for those of --record
 
-
-def read(name):
-    """The content of a record."""
-    return json.loads((FOLDER / f'{name}.json').read_text(encoding='utf-8'))
+MIN_SCORE, MAX_OVERLAP, TOP_K = 0.2, 0.5, 200  # as in detect.py
+SHOWN_STEPS = 1, 20, 40, 60
+RECORDED_STEPS = 1, 20, 35, 40, 60  # at step 35 the objects have a ranking from which average precision can be learned
+FULL_STEPS = 40, 60  # of these, candidates, scores and hard negatives are written down as well
 
 
 def write(name, content):
-    with replaced_file(FOLDER / f'{name}.json') as file:
+    with replaced_file(HERE / f'recorded/{name}.json') as file:
         file.write((json.dumps(content, separators=(',', ':')).replace('},', '},\n') + '\n').encode())
     print(f'recorded/{name}.json')
 
 
-# -------------------------------------------------------------------------------------------- recording
+def image_of(path, model):
+    return utils.render_window(utils.read_image(path), mean=model.image_mean, std=model.image_std)  # (3, 300, 300)
+
+
+def rounded(boxes, labels, scores, names):
+    """Return [{'label', 'score', 'box'}] of boxes (n, 4), labels (n), scores (n)."""
+    return [{'label': names[label], 'score': round(score, 3), 'box': [round(value, 4) for value in box]}
+            for box, label, score in zip(boxes.tolist(), labels.tolist(), scores.tolist())]
+
+
+def what_it_says(model, predicted_locs, predicted_scores, names, full=True):
+    """Return a network's objects in one picture, and if wanted its candidates before non-maximum suppression."""
+    found = model.detect_objects(predicted_locs, predicted_scores, MIN_SCORE, MAX_OVERLAP, TOP_K)
+    (boxes,), (probabilities,) = model.decode(predicted_locs, predicted_scores)
+    priors, labels = (probabilities[:, 1:] > MIN_SCORE).nonzero(as_tuple=True)  # (n_candidates)
+    scores = probabilities[priors, labels + 1]
+    record = {'n_candidates': len(scores), 'objects': rounded(*(values[0] for values in found), names)}
+    if full:
+        best = scores.argsort(descending=True, stable=True)
+        record['candidates'] = rounded(boxes[priors[best]], labels[best] + 1, scores[best], names)
+    return record
+
 
 @torch.no_grad()
-def output(model, path):
-    """A network's output for a picture: locs (1, 8732, 4) and scores (1, 8732, n_classes)."""
-    image = look_through(read_image(path), mean=model.image_mean, std=model.image_std)
-    return model.eval()(image.unsqueeze(0))
-
-
-def rounded(found, names):
-    """[{'label', 'score', 'box'}] of boxes (n, 4), labels (n), scores (n)"""
-    return [{'label': names[label], 'score': round(score, 3), 'box': [round(value, 4) for value in box]}
-            for box, label, score in zip(*(tensor.tolist() for tensor in found))]
-
-
-def record_photos(checkpoint, candidates_in):
-    """What a trained network finds in all photographs; in one of them also its candidates before non-maximum
-    suppression, and its best class's scores on all six feature maps."""
+def record_photos(checkpoint):
+    """What a trained network finds in all photographs; in the running example also its candidates."""
     model, own_label_map = load_model(checkpoint)
     names = {number: label for label, number in own_label_map.items()}
-    record = {'epoch': load_checkpoint(checkpoint)['epoch'], 'detections': {}, 'candidates_in': candidates_in}
-    for name in PHOTOS:
-        found = model.detect_objects(*output(model, HERE / 'photos' / name), min_score=0.2, max_overlap=0.45, top_k=20)
-        record['detections'][name] = rounded([values[0] for values in found], names)
-
-    boxes, probabilities = (values[0] for values in model.decode(*output(model, HERE / 'photos' / candidates_in)))
-    priors, labels = (probabilities[:, 1:] > 0.2).nonzero(as_tuple=True)  # (n_candidates)
-    scores = probabilities[priors, labels + 1]
-    best = scores.argsort(descending=True, stable=True)
-    record['candidates'] = rounded((boxes[priors[best]], labels[best] + 1, scores[best]), names)
-    label = int(probabilities[:, 1:].max(dim=0).values.argmax()) + 1
-    counts = [feature_map.grid ** 2 * feature_map.n_priors for feature_map in FEATURE_MAPS]
-    record['scores_of'] = names[label]
-    record['scores'] = [  # in percent, (grid, grid) of each map: the highest of the priors at each position
-        (100 * scores.view(feature_map.grid, feature_map.grid, -1).amax(dim=2)).round().int().tolist()
-        for feature_map, scores in zip(FEATURE_MAPS, probabilities[:, label].split(counts))]
+    record = {}
+    for path in sorted((HERE / 'photos').glob('*.jpg')):
+        output = model(image_of(path, model)[None])
+        record[path.name] = what_it_says(model, *output, names, full=path == DOG)
     write('photos', record)
 
 
-def record_hard_negatives(checkpoint):
-    """Which priors a network's loss takes for hard negatives in the running example. A half-trained network tells
-    most; without a checkpoint, an untrained one."""
-    if checkpoint is None:
-        torch.manual_seed(0)
-        model, epoch = SSD300(n_classes=len(label_map)), 0
-    else:
-        (model, own_label_map), epoch = load_model(checkpoint), load_checkpoint(checkpoint)['epoch']
-        require(own_label_map == label_map, f"record_hard_negatives needs VOC's classes: '{checkpoint}' has others")
-    boxes, labels = boats_objects()
-    criterion = MultiBoxLoss(model.priors_cxcy)
-    locs, scores = output(model, BOATS)
-    classes = criterion.match([boxes], [labels])[1][0]  # (8732)
-    losses = F.cross_entropy(scores[0], classes, reduction='none')  # (8732)
-    n_positives = int((classes > 0).sum())
-    ranked, order = losses.masked_fill(classes > 0, 0).sort(descending=True, stable=True)
-    n_hard = criterion.neg_pos_ratio * n_positives
-
-    # The loss itself does not tell which negatives it chose, but it tells their sum.
-    criterion(locs, scores, [boxes], [labels])
-    total = (losses[classes > 0].sum() + ranked[:n_hard].sum()) / n_positives
-    torch.testing.assert_close(criterion.parts[0], total)
-    write('hard_negatives', {'epoch': epoch, 'hard': order[:n_hard].tolist(),
-                             'highest_loss': round(ranked[0].item(), 2),
-                             'lowest_loss': round(ranked[n_hard - 1].item(), 2)})
-
-
-def record_quick_start(checkpoint, picture):
-    """What a checkpoint of the quick start finds in a training picture (its path inside img/), without duplicates.
-    Records of other epochs and the same picture stay."""
-    record = read('quick_start')
-    if record['picture'] != picture:
-        record = {'picture': picture, 'epochs': {}}
-    model, own_label_map = load_model(checkpoint)
-    names = {number: label for label, number in own_label_map.items()}
-    boxes, labels, scores = model.detect_objects(*output(model, HERE / picture), 0.2, max_overlap=0.2, top_k=4)
-    record['epochs'][str(load_checkpoint(checkpoint)['epoch'])] = rounded((boxes[0], labels[0], scores[0]), names)
+@torch.no_grad()
+def record_quick_start(checkpoints):
+    """What checkpoints of the quick start find in one training picture, without duplicates."""
+    record = read('quick_start') | {'epochs': {}}
+    for checkpoint in checkpoints:
+        model, own_label_map = load_model(checkpoint)
+        names = {number: label for label, number in own_label_map.items()}
+        output = model(image_of(HERE / record['picture'], model)[None])
+        found = model.detect_objects(*output, MIN_SCORE, max_overlap=0.2, top_k=4)
+        record['epochs'][str(load_checkpoint(checkpoint)['epoch'])] = rounded(*(values[0] for values in found), names)
     write('quick_start', record)
 
 
-# ------------------------------------------------------------------------------------------- detections
+def record_teach():
+    """Teach an untrained network the one photograph, as the README does, and write down what it says at some steps:
+    the output from which that step's loss is computed."""
+    torch.set_num_threads(1)  # several add up in another order each time, and sixty steps make that visible
+    criterion = MultiBoxLoss(PRIORS)
+    torch.manual_seed(0)
+    student = SSD300(n_classes=len(label_map))
+    optimizer = torch.optim.SGD(student.parameters(), lr=1e-3, momentum=0.9)
+    image, record = image_of(DOG, student), {'steps': {}}
+    for step in range(1, max(RECORDED_STEPS) + 1):
+        predicted_locs, predicted_scores = student(image[None])  # (1, 8732, 4), (1, 8732, 21)
+        loss = criterion(predicted_locs, predicted_scores, [BOXES], [LABELS])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 10)
+        optimizer.step()
+        print(step, round(loss.item(), 2))
+        if step in RECORDED_STEPS:
+            output = predicted_locs.detach(), predicted_scores.detach()
+            said = {'loss': round(loss.item(), 2)}
+            said |= what_it_says(student, *output, rev_label_map, full=step in FULL_STEPS)
+            if step in FULL_STEPS:
+                said |= inner_life(output[1][0], CLASSES, criterion.neg_pos_ratio)
+            record['steps'][str(step)] = said
+    write('teach', record)
 
-def draw_found(canvas, path, found, x, y, width):
-    """A picture with the boxes of detections, and below it what they are. Returns its height with the labels."""
-    scene = Scene(canvas, path, x, y, width)
-    colors = [(BLUE, AMBER, PURPLE, GREEN, RED)[i % 5] for i in range(len(found))]
-    for one, color in reversed(list(zip(found, colors))):  # the best on top
-        scene.box(clipped(one['box']), color)
-    left, top = x, y + scene.height + 6
-    for one, color in zip(found, colors):
-        text = f'{one["label"]} {one["score"]:.2f}'
-        if left > x and left + chip_width(text) > x + width:
-            left, top = x, top + CHIP_HEIGHT + 4
-        canvas.chip(left, top, text, color)
-        left += chip_width(text) + 4
-    return top + CHIP_HEIGHT - y if found else scene.height
+
+def inner_life(scores, classes, ratio):
+    """Return what can be seen inside one image's scores (8732, 21), given its priors' true classes (8732): the best
+    score at each position of the six maps, and the hard negatives."""
+    probabilities = scores.softmax(dim=1)
+    best, believed = probabilities[:, 1:].max(dim=1)  # (8732): of all classes but the background
+    counts = [feature_map.grid ** 2 * feature_map.n_priors for feature_map in FEATURE_MAPS]
+    maps = []
+    for feature_map, values, names in zip(FEATURE_MAPS, best.split(counts), believed.split(counts)):
+        percent = (100 * values).round().int().view(feature_map.grid, feature_map.grid, -1).amax(dim=2).tolist()
+        maps.append({'best': rev_label_map[int(names[values.argmax()]) + 1], 'percent': percent})
+    losses = F.cross_entropy(scores, classes, reduction='none').masked_fill(classes > 0, 0)  # (8732)
+    hard = losses.argsort(descending=True, stable=True)[:ratio * int((classes > 0).sum())].tolist()
+    motorbike = (classes == label_map['motorbike']).nonzero().item()  # its only positive prior
+    return {'maps': maps, 'motorbike': round(probabilities[motorbike, label_map['motorbike']].item(), 2),
+            'hard': [{'prior': i, 'loss': round(losses[i].item(), 2), 'label': rev_label_map[int(believed[i]) + 1]}
+                     for i in hard]}
 
 
 def clipped(box):
@@ -137,169 +131,180 @@ def clipped(box):
     return [min(max(value, 0), 1) for value in box]
 
 
-def quick_start_training():
-    """The two most confident boxes in one training picture as the quick start goes on."""
+def draw_found(scene, found, thin=False, text='{label} {score:.2f}'):
+    """The boxes of detections, the best on top; and if they aren't thin, labels at those that are large enough."""
+    for one in reversed(found):
+        scene.box(clipped(one['box']), BLUE, thin=thin)
+    for one in () if thin else found:
+        left, top, right, bottom = clipped(one['box'])
+        if min(right - left, (bottom - top) * scene.height / scene.width) > 0.04:
+            scene.label((left, top, right, bottom), AMBER, text.format(**one))
+
+
+@figure(width=720, height=248, shown_width=1000)
+def hero(canvas):
+    """The photograph, the priors that match, the candidates, and the objects found."""
+    said = read('teach')['steps']['60'] if HERO == 'memorized' else read('photos')['dog.jpg']
+    positive, x = PRIORS_XY[CLASSES > 0].clamp(0, 1), 12
+    texts = ('a photograph', f'{len(positive)} priors match', f'{len(said["candidates"])} candidates',
+             f'{len(said["objects"])} objects')
+    for i, (text, width) in enumerate(zip(texts, (133, 133, 133, 252))):
+        scene = Scene(canvas, DOG, x, 14 + (189 - width * 0.75) / 2, width, faded=i in (1, 2))
+        if i == 1:
+            scene.boxes(positive, GREEN, thin=True)
+        elif i > 1:
+            draw_found(scene, said['candidates' if i == 2 else 'objects'], thin=i == 2, text='{label}')
+        canvas.center(x + width / 2, 232, text)
+        x += width + 15
+        if i < 3:
+            canvas.arrow(x - 14, 108, x - 1, 108)
+
+
+@figure()
+def quick_start_training(canvas):
+    """The three most confident boxes in one training picture as the quick start goes on."""
     record = read('quick_start')
     path, epochs = HERE / record['picture'], sorted(record['epochs'], key=int)
-    canvas = Canvas(height=44 + -(-len(epochs) // 3) * 276)
-    canvas.text(360, canvas.height - 18, 'the two most confident boxes after each of these epochs', anchor='middle')
+    canvas.height = 36 + -(-len(epochs) // 3) * 260
+    canvas.center(300, canvas.height - 14, 'the three most confident boxes after each of these epochs', bold=False)
     for i, epoch in enumerate(epochs):
-        x, y = 20 + i % 3 * 232, 20 + i // 3 * 276
-        canvas.text(x + 107, y + 18, f'epoch {epoch}', anchor='middle', bold=True)
-        draw_found(canvas, path, record['epochs'][epoch][:2], x, y + 30, 214)
-    return canvas
+        x, y = 16 + i % 3 * 192, 12 + i // 3 * 258
+        found = [{'number': j, **one} for j, one in enumerate(record['epochs'][epoch][:3], start=1)]
+        canvas.center(x + 92, y + 18, f'epoch {epoch}')
+        scene = Scene(canvas, path, x, y + 28, 184)
+        draw_found(scene, found, text='{number}')
+        lines = ('{number} {label} {score:.2f}'.format(**one) for one in found)
+        canvas.text(x, y + scene.height + 50, '\n'.join(lines))
 
 
-def detections(names=SHOWN, captions=()):
-    """Photographs with what the network finds in them, two side by side."""
-    record = read('photos')
-    canvas, heights = Canvas(), [20, 20]
-    for i, name in enumerate(names):
+def draw_photos(canvas, chosen):
+    """Photographs with what the network finds in them, two side by side, and captions below them."""
+    record, heights = read('photos'), [16, 16]
+    for name, min_score, caption in chosen:
         column = heights.index(min(heights))
-        x, y = 20 + column * 345, heights[column]
-        found = [one for one in record['detections'][name] if one['score'] >= SHOWN_FROM or captions]
-        height = draw_found(canvas, HERE / 'photos' / name, found[:5], x, y, 335)
-        if captions:
-            canvas.text(x, y + height + 24, captions[i])
-            height += LINE_HEIGHT * len(captions[i].splitlines()) + 4
-        heights[column] += height + 20
-    canvas.height = max(heights)
-    return canvas
+        x, y = 16 + column * 288, heights[column]
+        scene = Scene(canvas, HERE / 'photos' / name, x, y, 280)
+        draw_found(scene, [one for one in record[name]['objects'] if one['score'] >= min_score])
+        if caption:
+            canvas.text(x, y + scene.height + 24, caption)
+        heights[column] += scene.height + (LINE_HEIGHT * len(caption.splitlines()) + 20 if caption else 10)
+    canvas.height = max(heights) + 6
 
 
-def failures():
-    return detections(*zip(*FAILURES))
+@figure()
+def gallery(canvas):
+    draw_photos(canvas, GALLERY)
 
 
-def score_maps():
-    """The scores of one class on each feature map, over the picture squeezed as the network sees it."""
-    record = read('photos')
-    canvas, highest = Canvas(height=574), max(max(map(max, scores)) for scores in record['scores'])
-    for i, (feature_map, scores) in enumerate(zip(FEATURE_MAPS, record['scores'])):
-        x, y, side = 20 + i % 3 * 232, 20 + i // 3 * 262, 214
-        Scene(canvas, HERE / 'photos' / record['candidates_in'], x, y, side, side, faded=True)
-        cell = side / feature_map.grid
-        for row, values in enumerate(scores):
-            for column, percent in enumerate(values):
-                if percent > 1:
-                    canvas.rect(x + column * cell, y + row * cell, cell, cell, AMBER,
-                                opacity=f'{percent / highest:.2f}')
-        canvas.text(x + side / 2, y + side + 26, f'{feature_map.name}: up to {max(map(max, scores)) / 100:.2f}',
-                    anchor='middle', bold=True)
-    canvas.text(360, 556, f'amber: the best score of "{record["scores_of"]}" at each position', anchor='middle')
-    return canvas
+@figure()
+def failures(canvas):
+    draw_photos(canvas, FAILURES)
 
 
-# --------------------------------------------------------------------------------------- hard negatives
-
-def hard_negatives():
-    """The objects, the positive priors, and the negative ones with the highest confidence losses."""
-    record, (boxes, labels) = read('hard_negatives'), boats_objects()
-    criterion = MultiBoxLoss(network().priors_cxcy)
-    positive = criterion.match([boxes], [labels])[1][0] > 0  # (8732)
-    priors = criterion.priors_xy.clamp(0, 1)
-    canvas = Canvas(height=304)
-    panels = ((boxes, PURPLE, f'{len(boxes)} objects'), (priors[positive], GREEN, f'{positive.sum()} positive priors'),
-              (priors[record['hard'][:HARDEST]], GRAY, f'{len(record["hard"])} hard negatives'))
-    for i, (boxes, color, text) in enumerate(panels):
-        x = 20 + i * 232
-        scene = Scene(canvas, BOATS, x, 20, 214, faded=i > 0)
-        scene.boxes(boxes, color, thin=i > 0)
-        canvas.text(x + 107, 220, text, color, 'middle', bold=True)
-    trained = 'a half-trained network' if record['epoch'] else 'a network before training'
-    canvas.text(360, 258, f'Scored by {trained}. Their losses range from {record["highest_loss"]:.1f} down\nto '
-                f'{record["lowest_loss"]:.1f}; the {HARDEST} highest are drawn', anchor='middle')
-    return canvas
+@figure(height=530)
+def teach(canvas):
+    """What the network that learns one photograph sees in it, at four steps."""
+    for i, step in enumerate(SHOWN_STEPS):
+        said = read('teach')['steps'][str(step)]
+        x, y, found = 16 + i % 2 * 288, 16 + i // 2 * 258, said['objects']
+        scene = Scene(canvas, DOG, x, y, 280)
+        draw_found(scene, found, thin=True)
+        if len(found) < TOP_K:
+            draw_found(scene, found[:4])
+        canvas.text(x, y + scene.height + 26, f'step {step}: loss {said["loss"]:.1f}, {len(found)} boxes', bold=True)
 
 
-# ------------------------------------------------------------------------------- non-maximum suppression
+@figure(height=560)
+def score_maps(canvas):
+    """The best score at each position of each feature map, over the picture squeezed as the network sees it."""
+    for i, (feature_map, scores) in enumerate(zip(FEATURE_MAPS, read('teach')['steps']['60']['maps'])):
+        x, y, side = 16 + i % 3 * 192, 16 + i // 3 * 258, 184
+        Scene(canvas, DOG, x, y, side, side, faded=True)
+        cell, percent = side / feature_map.grid, scores['percent']
+        for row, values in enumerate(percent):
+            for column, value in enumerate(values):
+                if value >= 5:
+                    canvas.rect(x + column * cell, y + row * cell, cell, cell, AMBER, opacity=f'{value / 100:.2f}')
+        canvas.center(x + side / 2, y + side + 24, feature_map.name)
+        canvas.center(x + side / 2, y + side + 49, f'{scores["best"]} {max(map(max, percent)) / 100:.2f}', bold=False)
+    canvas.center(300, 544, 'the best score at each position, and the highest of each map', bold=False)
 
-MAX_OVERLAP, MOST_CLASSES, MOST_OF_A_CLASS = 0.5, 3, 5
-CLASS_COLORS = (AMBER, BLUE, GREEN, PURPLE, RED)
+
+@figure(height=470)
+def hard_negatives(canvas):
+    """The negative priors with the highest losses at step 40, and the classes that the network saw in them."""
+    hard = read('teach')['steps']['40']['hard']
+    scene = Scene(canvas, DOG, 16, 16, 380, 380, faded=True)
+    for one in hard:
+        scene.box(clipped(PRIORS_XY[one['prior']].tolist()), GRAY, thin=True)
+    worst = {}  # of each class
+    for one in hard:
+        if PRIORS[one['prior'], 2:].prod() < 0.25 and len(worst) < 4:
+            worst.setdefault(one['label'], clipped(PRIORS_XY[one['prior']].tolist()))
+    for box in worst.values():
+        scene.box(box, GRAY)
+    for label, box in worst.items():
+        scene.label(box, AMBER, label)
+    canvas.text(412, 36, f'{len(hard)} hard negatives:\nit sees here', bold=True)
+    ranked = Counter(one['label'] for one in hard).most_common()
+    lines = [*ranked[:7], ('others', sum(count for _, count in ranked[7:]))]
+    for i, (label, count) in enumerate(lines):
+        canvas.rect(412, 76 + i * 36, 172 * count / lines[0][1], 28, tint(AMBER, 0.6))
+        canvas.text(418, 96 + i * 36, f'{count} {label}')
+    canvas.text(16, 424, f'at step 40, with losses from {hard[0]["loss"]:.1f} down to {hard[-1]["loss"]:.1f}; '
+                'framed are the worst of\nfour classes, of those smaller than a quarter of the picture')
 
 
 def candidates():
-    """The picture, and the best candidates in it: {label: [(title, score, box), …] by falling score}."""
-    record = read('photos')
-    path = HERE / 'photos' / record['candidates_in']
-    found = [(one['label'], one['score'], one['box']) for one in record['candidates']]
-    classes = {label: [] for label in list(dict.fromkeys(label for label, _, _ in found))[:MOST_CLASSES]}
-    for label, score, box in found:
-        own = classes.get(label, [])
-        if len(own) < MOST_OF_A_CLASS:  # whether one stays depends on better ones alone
-            own.append((f'{label} {len(own) + 1}', score, box))
-    return path, classes
+    """Return {label: (scores, boxes, overlaps with the best)} of the candidates at step 60, highest score first."""
+    classes, found = {}, read('teach')['steps']['60']['candidates']
+    for label in dict.fromkeys(one['label'] for one in found):
+        scores, boxes = zip(*((one['score'], one['box']) for one in found if one['label'] == label))
+        boxes = torch.tensor(boxes)
+        classes[label] = scores, boxes, find_jaccard_overlap(boxes[:1], boxes)[0].tolist()
+    return classes
 
 
-def suppressed(own):
-    """The overlaps (n, n) of a class's candidates, and the numbers of those that suppression leaves."""
-    boxes = torch.tensor([box for _, _, box in own])
-    kept = nms(boxes, torch.tensor([score for _, score, _ in own]), MAX_OVERLAP).tolist()
-    return find_jaccard_overlap(boxes, boxes).tolist(), kept
+@figure(height=486)
+def nms_candidates(canvas):
+    """All candidates at step 60."""
+    classes, found = candidates(), read('teach')['steps']['60']['candidates']
+    scene = Scene(canvas, DOG, 16, 16, 568)
+    draw_found(scene, found, thin=True)
+    for label, (scores, boxes, _) in classes.items():
+        around = (*boxes[:, :2].amin(dim=0).tolist(), *boxes[:, 2:].amax(dim=0).tolist())
+        scene.label(clipped(around), AMBER, f'{len(scores)} × {label}')
+    canvas.center(300, 470, f'step 60: {len(found)} candidates with a score above {MIN_SCORE}', bold=False)
 
 
-def draw_candidates(only_kept):
-    canvas, (path, classes), drawn = Canvas(width=600), candidates(), []
-    scene = Scene(canvas, path, 20, 20, width=560)
-    for own, color in zip(classes.values(), CLASS_COLORS):
-        shown = [own[i] for i in suppressed(own)[1]] if only_kept else own
-        for title, score, box in reversed(shown):  # the best on top
-            box = clipped(box)
-            again = any(box == other for other, _, _ in drawn)  # the same prior's box, for another class
-            scene.box(box, color, dashed=again, halo=not again)
-            drawn.append((box, color, f'{title}: {score:.2f}' if only_kept else title))
-    for label in drawn if only_kept or len(drawn) < 7 else ():
-        scene.label(*label)
-    places = len({tuple(box) for box, _, _ in drawn})
-    canvas.text(300, scene.height + 54, f'{len(drawn)} boxes in {places} {"places" if places > 1 else "place"}',
-                anchor='middle')
-    canvas.height = scene.height + 74
-    return canvas
+@figure()
+def nms_overlaps(canvas):
+    """Of each class the best eight candidates, and how much they overlap the best one."""
+    classes, y = candidates(), 16
+    for label, (scores, _, overlaps) in classes.items():
+        shown = min(len(scores), 8)
+        rows = [[label, *map(str, range(1, shown + 1))], ['score', *(f'{score:.2f}' for score in scores[:shown])],
+                ['overlap', *(f'{overlap:.2f}' for overlap in overlaps[:shown])]]
+        fills = {(row, i): tint(BLUE if i == 1 else GRAY) for row in (1, 2) for i in range(1, shown + 1)
+                 if overlaps[i - 1] > MAX_OVERLAP}
+        canvas.table(16, y, (96, *[59] * shown), rows, fills)
+        y += 125
+        if min(overlaps) > MAX_OVERLAP:
+            canvas.text(16, y, f'{label} 1 suppresses all {len(scores) - 1} others: they overlap it by '
+                        f'{min(overlaps):.2f} to {max(overlaps[1:]):.2f}')
+        y += 24
+    overlap = find_jaccard_overlap(classes['dog'][1][:1], classes['bicycle'][1][:1]).item()
+    canvas.text(16, y + 12, f'dog 1 and bicycle 1, which overlap by {overlap:.2f}, would both stay\n'
+                'at any overlap: classes never suppress each other', bold=True)
+    canvas.height = y + 56
 
 
-def nms_1_candidates():
-    return draw_candidates(only_kept=False)
-
-
-def nms_2_sorted():
-    """The candidates of each class, cut out of the picture and lined up by score."""
-    path, classes = candidates()
-    width, height = picture_size(path)
-    canvas = Canvas(222 * len(classes), 26 + 139 * max(map(len, classes.values())))
-    for row, (own, color) in enumerate(zip(classes.values(), CLASS_COLORS)):
-        for i, (title, score, box) in enumerate(own):
-            x, y, (left, top, right, bottom) = 20 + i * 139, 20 + row * 220, clipped(box)
-            shown_width, shown_height = (right - left) * width, (bottom - top) * height
-            scale = 63 / max(shown_width, shown_height)
-            frame = (x + 63 - shown_width * scale, y + 63 - shown_height * scale, 2 * shown_width * scale,
-                     2 * shown_height * scale)
-            canvas.picture(path, *frame, region=(left, top, right, bottom))
-            canvas.rect(*frame, stroke=color, stroke_width=3)
-            canvas.text(x + 63, y + 152, f'{title}\n{score:.2f}', anchor='middle', bold=True)
-    return canvas
-
-
-def nms_3_overlaps():
-    """The overlaps of the candidates of each class, and who suppresses whom."""
-    canvas, y = Canvas(width=600), 20
-    for (label, own), color in zip(candidates()[1].items(), CLASS_COLORS):
-        overlaps, kept = suppressed(own)
-        titles, lines = [title for title, _, _ in own], []
-        rows = [[label, *(str(i) for i in range(1, len(own) + 1))]]
-        rows += [[title, *(f'{value:.2f}' for value in row)] for title, row in zip(titles, overlaps)]
-        fills = {cell: tint(color, 0.5) for i in range(1, len(rows)) for cell in ((0, i), (i, 0))}
-        for row, title in enumerate(titles):
-            by = [column for column in kept if column < row and overlaps[row][column] > MAX_OVERLAP]
-            if by:
-                fills[row + 1, by[0] + 1] = tint(RED, 0.4)
-                lines.append(f'{titles[by[0]]} suppresses {title}: they overlap by {overlaps[row][by[0]]:.2f}')
-        canvas.table(20, y, [150, *[76] * len(own)], rows, fills)
-        y += 33 * len(rows) + 26
-        canvas.text(20, y, '\n'.join(lines))
-        y += LINE_HEIGHT * len(lines) + 10
-    canvas.height = y
-    return canvas
-
-
-def nms_4_result():
-    return draw_candidates(only_kept=True)
+@figure(height=486)
+def nms_result(canvas):
+    """What suppression leaves at step 60, and what is missed."""
+    said = read('teach')['steps']['60']
+    scene = Scene(canvas, DOG, 16, 16, 568)
+    scene.box(BOXES[3].tolist(), PURPLE, dashed=True)
+    draw_found(scene, said['objects'])
+    canvas.center(300, 470, f'missed: the motorbike, of which its only prior is {100 * said["motorbike"]:.0f}% sure',
+                  bold=False)

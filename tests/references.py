@@ -6,6 +6,37 @@ Boxes are (x_min, y_min, x_max, y_max) or, where a name ends in cxcy, (c_x, c_y,
 import math
 from fractions import Fraction
 
+from torch import cat
+from torch.nn import functional as F
+
+# Stride, padding and dilation of the convolutions; 1, 1, 1 where nothing else is said.
+CONVOLUTIONS = {'conv6': (1, 6, 6), 'conv7': (1, 0), 'conv8_1': (1, 0), 'conv8_2': (2, 1), 'conv9_1': (1, 0),
+                'conv9_2': (2, 1), 'conv10_1': (1, 0), 'conv10_2': (1, 0), 'conv11_1': (1, 0), 'conv11_2': (1, 0)}
+# Kernel, stride and padding of the pooling after a layer; dilation, and whether to round up.
+POOLINGS = {'conv1_2': (2, 2, 0), 'conv2_2': (2, 2, 0), 'conv3_3': (2, 2, 0, 1, True), 'conv4_3': (2, 2, 0),
+            'conv5_3': (3, 1, 1)}
+
+
+def ssd300(weights, images, n_classes):
+    """The whole network as one function of its state dict: locs (N, 8732, 4), scores (N, 8732, n_classes)."""
+    convs = [name.removesuffix('.weight') for name in weights if name.endswith('weight') and 'pred' not in name]
+    out, locs, scores = images, [], []
+    for conv in convs:
+        name = conv.split('.')[1]
+        out = F.conv2d(out, weights[f'{conv}.weight'], weights[f'{conv}.bias'], *CONVOLUTIONS.get(name, (1, 1)))
+        out = out.clamp(min=0)
+        if f'pred_convs.loc_{name}.weight' in weights:
+            feature = out
+            if name == 'conv4_3':
+                feature = out / out.pow(2).sum(dim=1, keepdim=True).sqrt().clamp(min=1e-12) * weights['rescale_factors']
+            for kind, rows, size in (('loc', locs, 4), ('cl', scores, n_classes)):
+                head = f'pred_convs.{kind}_{name}'
+                output = F.conv2d(feature, weights[f'{head}.weight'], weights[f'{head}.bias'], padding=1)
+                rows.append(output.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, size)))
+        if name in POOLINGS:
+            out = F.max_pool2d(out, *POOLINGS[name])
+    return cat(locs, dim=1), cat(scores, dim=1)
+
 
 def iou(a, b):
     """The area that two boxes share, divided by the area that they cover together."""
@@ -16,22 +47,22 @@ def iou(a, b):
     return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
 
 
-def non_maximum_suppression(boxes, class_scores, min_score, max_overlap, top_k):
-    """Greedy suppression, class by class, of all boxes of one image.
+def non_maximum_suppression(boxes, class_scores, min_score, max_overlap, top_k, max_candidates=400):
+    """Greedy suppression, class by class, of the best candidates of one image.
 
-    class_scores[i] are the scores of box i for the classes 1, 2, …; returns at most top_k (box, label, score), by
-    falling score; equal scores in the order of the boxes, then of the classes.
+    class_scores[i] are the scores of box i for the classes 1, 2, …; returns at most top_k (box, label, score), highest
+    score first; equal scores in the order of the classes, then of the boxes.
     """
     detections = []
     for label in range(1, len(class_scores[0]) + 1):
         candidates = [i for i in range(len(boxes)) if class_scores[i][label - 1] > min_score]
         candidates.sort(key=lambda i: -class_scores[i][label - 1])
         kept = []
-        for i in candidates:
+        for i in candidates[:max_candidates]:
             if all(iou(boxes[i], boxes[better]) <= max_overlap for better in kept):
                 kept.append(i)
-        detections += [(-class_scores[i][label - 1], i, label) for i in kept]
-    return [(boxes[i], label, -score) for score, i, label in sorted(detections)[:top_k]]
+        detections += [(-class_scores[i][label - 1], label, i) for i in kept]
+    return [(boxes[i], label, -score) for score, label, i in sorted(detections)[:top_k]]
 
 
 def match(priors, boxes, threshold):
@@ -84,7 +115,7 @@ def multibox_loss(priors_cxcy, locs, scores, boxes, labels, threshold=0.5, neg_p
 
 
 def precision_recall(detections, objects, is_enough=lambda highest: highest > 0.5, overlap=iou):
-    """(recall, precision) after each detection of one class that counts, by falling score. Detections are (image,
+    """(recall, precision) after each detection of one class that counts, highest score first. Detections are (image,
     score, box), objects (image, box, difficult)."""
     n_objects = sum(not difficult for _, _, difficult in objects)
     found, n_true, n_false, curve = set(), 0, 0, []

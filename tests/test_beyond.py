@@ -1,4 +1,4 @@
-"""Beyond VOC: mixed precision, other classes."""
+"""Beyond VOC: mixed precision, other classes, other priors."""
 
 import copy
 import json
@@ -9,7 +9,7 @@ from conftest import make_voc, run_script
 from PIL import Image
 
 import eval as evaluation
-from model import SSD300, start_from_checkpoint
+from model import FEATURE_MAPS, SSD300, start_from_checkpoint
 from utils import InputError, autocast, create_data_lists, find_jaccard_overlap, make_label_map, voc_labels
 
 FRUIT = ('apple', 'Pear', 'plum')
@@ -32,10 +32,10 @@ def fruit_lists(tmp_path_factory):
 def test_in_bfloat16_the_network_detects_nearly_the_same(model):
     torch.manual_seed(1)
     image = torch.rand(1, 3, 300, 300).to(memory_format=torch.channels_last)
-    network = copy.deepcopy(model).to(memory_format=torch.channels_last)  # others want the model as it is
+    network = copy.deepcopy(model).to(memory_format=torch.channels_last)  # other tests need the model unchanged
     with torch.no_grad():
         locs, scores = network(image)
-        with autocast(image.device, 'bfloat16'):
+        with autocast(image.device, torch.bfloat16):
             low_locs, low_scores = network(image)
     assert low_locs.dtype == low_scores.dtype == torch.bfloat16
     assert (locs - low_locs).abs().max() < 0.05 * locs.abs().max()
@@ -50,22 +50,42 @@ def test_in_bfloat16_the_network_detects_nearly_the_same(model):
     assert (find_jaccard_overlap(found[0][0], low_found[0][0]).amax(dim=1) > 0.95).float().mean() > 0.9
 
 
-# ------------------------------------------------------------------------------------------- other classes
+# ------------------------------------------------------------------------------- other classes, other priors
 
-
-def test_fine_tuning_keeps_everything_but_the_class_heads_of_other_classes(untrained_checkpoint, model, capsys):
+@pytest.mark.parametrize('labels', [('person',), ('dog', *FRUIT, 'cat'), (*voc_labels, 'unicorn')])
+@torch.no_grad()
+def test_fine_tuning_keeps_everything_but_the_class_heads_of_new_labels(labels, untrained_checkpoint, model, capsys):
+    label_map, voc_map = make_label_map(labels), make_label_map(voc_labels)
     torch.manual_seed(7)
-    tuned = SSD300(n_classes=4)
-    fresh = {name: tensor.clone() for name, tensor in tuned.state_dict().items()}
-    start_from_checkpoint(tuned, untrained_checkpoint, make_label_map(FRUIT))
-    assert 'class heads start anew' in capsys.readouterr().out
+    features = [torch.rand(1, channels, grid, grid) for _, channels, grid, *_ in FEATURE_MAPS]
+    tuned = SSD300(n_classes=len(label_map))
+    fresh = tuned.pred_convs(*features)[1]  # scores (1, 8732, n_classes)
+    start_from_checkpoint(tuned, untrained_checkpoint, label_map)
     for name, tensor in tuned.state_dict().items():
-        expected = fresh[name] if name.startswith('pred_convs.cl_') else model.state_dict()[name]
-        assert torch.equal(tensor, expected), name
-    tuned = SSD300(n_classes=21)
-    start_from_checkpoint(tuned, untrained_checkpoint, make_label_map(voc_labels))
-    assert 'anew' not in capsys.readouterr().out
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in tuned.state_dict().items())
+        assert name.startswith('pred_convs.cl_') or torch.equal(tensor, model.state_dict()[name]), name
+    old_scores, scores = (network.pred_convs(*features)[1] for network in (model, tuned))
+    for label, i in label_map.items():
+        expected = old_scores[..., voc_map[label]] if label in voc_map else fresh[..., i]
+        torch.testing.assert_close(scores[..., i], expected)
+    new = [label for label in labels if label not in voc_map]
+    assert capsys.readouterr().out.endswith(f'from scratch for {", ".join(new)}\n' if new else 'checkpoint.pth\n')
+
+
+@pytest.mark.slow
+def test_fine_tuning_says_that_the_checkpoints_priors_replace_those_of_feature_maps(model, tmp_path, capsys,
+                                                                                  monkeypatch):
+    path, label_map = tmp_path / 'checkpoint.pth', make_label_map(voc_labels)
+    torch.save({'epoch': 1, 'model': model.state_dict(), 'label_map': label_map, 'priors_cxcy': model.priors_cxcy,
+                'image_mean': [0.5] * 3, 'image_std': [0.5] * 3, 'clip_boxes': True}, path)
+    for scale in (0.1, 0.05):
+        monkeypatch.setattr('model.FEATURE_MAPS', (FEATURE_MAPS[0]._replace(scale=scale), *FEATURE_MAPS[1:]))
+        tuned = SSD300(n_classes=21)
+        start_from_checkpoint(tuned, path, label_map)
+        assert ('not those that FEATURE_MAPS makes' in capsys.readouterr().out) == (scale == 0.05)
+        assert torch.equal(tuned.priors_cxcy, model.priors_cxcy) and tuned.clip_boxes and tuned.image_mean == [0.5] * 3
+    monkeypatch.setattr('model.FEATURE_MAPS', (FEATURE_MAPS[0]._replace(ratios=(1, 2)), *FEATURE_MAPS[1:]))
+    with pytest.raises(InputError, match=r"checkpoint\.pth' aren't those of .* 21 classes and these FEATURE_MAPS"):
+        start_from_checkpoint(SSD300(n_classes=21), path, label_map)
 
 
 @pytest.mark.slow

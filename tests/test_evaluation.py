@@ -57,7 +57,7 @@ def ap(detections, objects):
     ('TTTFFF', 30, [1] * 2 + [0] * 9), ('T' * 21, 30, [1] * 8 + [0] * 3),
 ])
 def test_eleven_points_worked_out_on_paper(outcomes, n_objects, eleven):
-    # By falling score, each 'T' finds an object of its own and each 'F' finds nothing.
+    # Highest score first: each 'T' finds an object of its own and each 'F' finds nothing.
     objects = [([20 * i, 0, 20 * i + 10, 10], 0) for i in range(n_objects)]
     free = iter(objects)
     detections = [(next(free)[0] if outcome == 'T' else [0, 50, 10, 60], 0.9 - i / 100)
@@ -119,7 +119,7 @@ def test_a_class_without_objects_is_nan_named_in_a_warning_and_left_out_of_the_m
 
 # --------------------------------------------------------------------------------------- reports and curves
 
-def test_the_report_tells_what_was_worked_out_on_paper():
+def test_the_report_shows_what_was_worked_out_on_paper():
     # Four cats. By score: found, nothing there, found, found; the fourth cat is missed.
     cats = [[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10]]
     detections = [(cats[0], 0.9), ([0, 50, 10, 60], 0.8), (cats[1], 0.7), (cats[2], 0.5)]
@@ -234,7 +234,7 @@ def lists(tmp_path_factory):
     folder = tmp_path_factory.mktemp('evaluation')
     pictures = {name: (Image.new('RGB', size, f'hsl({sum(size)}, 80%, 50%)'), objects)
                 for size, (name, objects) in zip(SIZES, make_objects().items())}
-    voc = make_voc(folder / 'voc', {'a': [('cat', (1, 1, 9, 9), 0)]})
+    voc = make_voc(folder / 'voc', {'a': [('cat', (1, 1, 30, 30), 0)]})  # for training
     create_data_lists(make_voc(voc, pictures, 'test'), None, folder / 'lists')
     return folder / 'lists'
 
@@ -256,13 +256,13 @@ def test_two_processes_write_the_very_files_of_one(lists, untrained_checkpoint, 
     two = run_script('eval.py', '--save_results', *(word for name, value in settings.items()
                                                     for word in (f'--{name}', value)), n_processes=2)
     assert two.returncode == 0, two.stderr
-    assert two.stdout.count('mAP of 5 images') == two.stdout.count('Saved') == 1  # the first process alone reports
+    assert two.stdout.count('mAP of 5 pictures') == 1  # the first process alone reports
     for name, value in (settings | {'output_folder': tmp_path / 'one', 'save_results': True}).items():
         monkeypatch.setattr(evaluation, name, value)
     evaluation.main()
     files, others = ({path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob('*.*')}
                      for name in ('one', 'two'))
-    assert files == others and len(files) == 2 + 20
+    assert files == others and len(files) >= 1 + 20  # curves, too, where matplotlib is installed
     assert sum(len(read_results(tmp_path / 'two' / 'results', label)) for label in voc_labels) == 5 * 200
 
 
@@ -299,7 +299,7 @@ def test_vocs_development_kit_would_score_the_result_files_as_we_do(dataset, tmp
         for result, values in zip(results, (boxes + shifts, labels, scores, boxes[:n], labels[:n], difficulties)):
             result.append(values)
     precisions, _ = calculate_mAP(*results)
-    evaluation.write_results(results, dataset, tmp_path)
+    evaluation.write_results(results, dataset, list(make_objects()), tmp_path)
     for label in ('cat', 'dog'):
         objects = [(name, box, difficult) for name, objects in make_objects().items()
                    for object_label, box, difficult in objects if object_label == label]

@@ -37,9 +37,10 @@ def check(case, localization, **settings):
     priors, *arguments = case
     criterion = MultiBoxLoss(priors, localization=localization, **settings)
     loss = criterion(*arguments)
+    parts = [part.item() for part in criterion.parts(*arguments)]
     alpha = settings.pop('alpha', 1.0)
     expected = multibox_loss(priors.tolist(), *as_lists(*arguments), **REFERENCES[localization], **settings)
-    assert criterion.parts.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert parts == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert loss.item() == pytest.approx(expected[0] + alpha * expected[1], rel=1e-4, abs=1e-6)
 
 
@@ -50,13 +51,14 @@ def check(case, localization, **settings):
 def test_matching_agrees_with_its_definition(grid):
     for seed in range(100):
         priors, _, _, boxes, labels = random_case(seed, grid=grid)
-        true_boxes, true_classes = MultiBoxLoss(priors).match(boxes, labels)
-        assert true_boxes.shape == (len(boxes), 40, 4) and true_classes.shape == (len(boxes), 40)
-        for image in range(len(boxes)):
-            objects = match(cxcy_to_xy(priors).tolist(), boxes[image].tolist(), threshold=0.5)
-            assert true_classes[image].tolist() == [0 if j is None else labels[image][j].item() for j in objects]
+        criterion = MultiBoxLoss(priors)
+        for image_boxes, image_labels in zip(boxes, labels):
+            true_boxes, true_classes = criterion.match(image_boxes, image_labels)
+            assert true_boxes.shape == (40, 4) and true_classes.shape == (40,)
+            objects = match(cxcy_to_xy(priors).tolist(), image_boxes.tolist(), threshold=0.5)
+            assert true_classes.tolist() == [0 if j is None else image_labels[j].item() for j in objects]
             for i, j in enumerate(objects):
-                assert j is None or torch.equal(true_boxes[image, i], boxes[image][j])
+                assert j is None or torch.equal(true_boxes[i], image_boxes[j])
 
 
 # Four priors, quarters of the image, and one in its middle.
@@ -65,39 +67,35 @@ QUARTERS = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.75, 0.25, 0.5, 0.5], [0.25, 
 
 
 def match_quarters(boxes, labels):
-    boxes = [torch.tensor(box, dtype=torch.float).view(-1, 4) for box in boxes]
-    labels = [torch.tensor(label, dtype=torch.long) for label in labels]
-    return MultiBoxLoss(QUARTERS).match(boxes, labels)
+    true_boxes, true_classes = MultiBoxLoss(QUARTERS).match(torch.tensor(boxes).float(), torch.tensor(labels))
+    return true_boxes, true_classes.tolist()
 
 
 def test_an_object_below_the_threshold_still_gets_its_best_prior_and_one_that_meets_none_gets_any():
     box = [0.05, 0.05, 0.25, 0.25]  # 0.04 of the first quarter's 0.25
-    true_boxes, true_classes = match_quarters([[box]], [[7]])
-    assert true_classes.tolist() == [[7, 0, 0, 0, 0]]
-    assert true_boxes[0, 0].tolist() == pytest.approx(box)
-    _, true_classes = match_quarters([[[2, 2, 3, 3]]], [[7]])
-    assert true_classes.sum() == 7
+    true_boxes, true_classes = match_quarters([box], [7])
+    assert true_classes == [7, 0, 0, 0, 0]
+    assert true_boxes[0].tolist() == pytest.approx(box)
+    assert sum(match_quarters([[2, 2, 3, 3]], [7])[1]) == 7
 
 
 @pytest.mark.parametrize('labels', [[3, 4], [4, 3]])
 def test_of_two_objects_with_the_same_best_prior_the_later_has_it(labels):
     whole, tiny = [0, 0, 0.5, 0.5], [0.1, 0.1, 0.3, 0.3]
     for boxes in ([whole, tiny], [tiny, whole]):
-        true_boxes, true_classes = match_quarters([boxes], [labels])
-        assert true_classes.tolist() == [[labels[1], 0, 0, 0, 0]]
-        assert true_boxes[0, 0].tolist() == pytest.approx(boxes[1])
+        true_boxes, true_classes = match_quarters(boxes, labels)
+        assert true_classes == [labels[1], 0, 0, 0, 0]
+        assert true_boxes[0].tolist() == pytest.approx(boxes[1])
 
 
 def test_a_claimed_prior_is_taken_from_an_object_that_it_overlaps_more():
     # Both objects overlap most with the first quarter; the small one doesn't reach the threshold, but claims it.
-    _, true_classes = match_quarters([[[0, 0, 0.5, 0.45], [0.2, 0.2, 0.4, 0.4]]], [[3, 4]])
-    assert true_classes.tolist() == [[4, 0, 0, 0, 0]]
+    assert match_quarters([[0, 0, 0.5, 0.45], [0.2, 0.2, 0.4, 0.4]], [3, 4])[1] == [4, 0, 0, 0, 0]
 
 
 def test_an_overlap_of_exactly_the_threshold_is_positive():
     # Twice as wide as the first and the third quarter: an overlap of exactly 0.5 with both.
-    _, true_classes = match_quarters([[[0, 0, 0.5, 1]]], [[7]])
-    assert true_classes.tolist() == [[7, 0, 7, 0, 0]]
+    assert match_quarters([[0, 0, 0.5, 1]], [7])[1] == [7, 0, 7, 0, 0]
 
 
 # --------------------------------------------------------------------------------------------------- loss
@@ -126,9 +124,9 @@ def test_the_loss_worked_out_on_paper():
     criterion = MultiBoxLoss(QUARTERS)  # smooth L1 is the default
     locs = torch.zeros(1, 5, 4)
     locs[0, 0] = torch.tensor([3, -0.5, 0, 0])  # smooth L1: 2.5, 0.125, 0, 0
-    loss = criterion(locs, torch.zeros(1, 5, 2), [torch.tensor([[0, 0, 0.5, 0.5]])], [torch.tensor([1])])
-    assert criterion.parts.tolist() == pytest.approx([4 * math.log(2), 2.625 / 4])
-    assert loss.item() == pytest.approx(4 * math.log(2) + 2.625 / 4)
+    arguments = locs, torch.zeros(1, 5, 2), [torch.tensor([[0, 0, 0.5, 0.5]])], [torch.tensor([1])]
+    assert [part.item() for part in criterion.parts(*arguments)] == pytest.approx([4 * math.log(2), 2.625 / 4])
+    assert criterion(*arguments).item() == pytest.approx(4 * math.log(2) + 2.625 / 4)
     with pytest.raises(ValueError, match="'smooth_l1' or 'l1'"):
         MultiBoxLoss(QUARTERS, localization='L1')
 
@@ -140,23 +138,42 @@ def test_hard_negatives_are_chosen_image_by_image():
     scores = torch.zeros(2, 5, 2)
     scores[1, :, 1] = 50
     criterion = MultiBoxLoss(QUARTERS)
-    criterion(torch.zeros(2, 5, 4), scores, boxes, labels)
-    assert criterion.parts[0].item() == pytest.approx(4 * math.log(2))
-    # Turned round, they count for three of the first image's.
-    criterion(torch.zeros(2, 5, 4), scores.flip(0), boxes, labels)
-    assert criterion.parts[0].item() == pytest.approx(150, rel=1e-4)
+    confidence, _ = criterion.parts(torch.zeros(2, 5, 4), scores, boxes, labels)
+    assert confidence.item() == pytest.approx(4 * math.log(2))
+    # Swapped, they are three of the first image's.
+    confidence, _ = criterion.parts(torch.zeros(2, 5, 4), scores.flip(0), boxes, labels)
+    assert confidence.item() == pytest.approx(150, rel=1e-4)
 
 
+@pytest.mark.parametrize('counts', [[0, 0], []])
 @pytest.mark.parametrize('localization', ['smooth_l1', 'l1'])
-def test_a_batch_without_any_object_has_loss_0_and_gradient_0(localization):
-    priors, locs, scores, boxes, labels = random_case(4, counts=[0, 0])
+def test_a_batch_without_any_object_or_image_has_loss_0_and_gradient_0(localization, counts):
+    priors, locs, scores, boxes, labels = random_case(4, counts=counts)
+    arguments = locs.requires_grad_(), scores.requires_grad_(), boxes, labels
     criterion = MultiBoxLoss(priors, localization=localization)
-    loss = criterion(locs.requires_grad_(), scores.requires_grad_(), boxes, labels)
+    loss = criterion(*arguments)
     loss.backward()
     assert loss == 0
-    assert criterion.parts.eq(0).all()
+    assert all(part == 0 for part in criterion.parts(*arguments))
     assert locs.grad.eq(0).all()
     assert scores.grad.eq(0).all()
+
+
+def test_with_min_negatives_an_image_without_objects_teaches_from_its_hardest_priors():
+    priors, locs, scores, boxes, labels = random_case(4, counts=[0, 2])
+    for images in (slice(0, 1), slice(0, 2)):  # alone in the batch, too
+        taught = []
+        for min_negatives in (0, 3):
+            ours = scores[images].clone().requires_grad_()
+            criterion = MultiBoxLoss(priors, min_negatives=min_negatives)
+            criterion(locs[images], ours, boxes[images], labels[images]).backward()
+            taught.append(ours.grad[0].ne(0).any(dim=1))  # (n_priors)
+        assert taught[0].sum() == 0
+        losses = -scores[0].log_softmax(dim=1)[:, 0]  # of the background
+        assert taught[1].nonzero()[:, 0].tolist() == sorted(losses.topk(3).indices.tolist())
+    # Three per positive prior are more: nothing changes for the other image.
+    other = [MultiBoxLoss(priors, min_negatives=n)(locs[1:], scores[1:], boxes[1:], labels[1:]) for n in (0, 3)]
+    assert torch.equal(*other)
 
 
 @pytest.mark.parametrize('localization', ['smooth_l1', 'l1'])
@@ -187,11 +204,14 @@ def test_half_precision_predictions_lose_nothing_in_the_loss():
     assert torch.equal(loss, criterion(locs.float(), scores.float(), boxes, labels))
 
 
-def test_parts_have_no_gradient_and_nothing_of_the_caller_is_changed():
+def test_both_parts_have_a_gradient_and_nothing_of_the_caller_is_changed():
     case, copies = (random_case(7, counts=[3, 0, 2]) for _ in range(2))
     criterion = MultiBoxLoss(case[0])
-    criterion(case[1].requires_grad_(), case[2].requires_grad_(), *case[3:]).backward()
-    assert not criterion.parts.requires_grad
+    confidence, localization = criterion.parts(case[1].requires_grad_(), case[2].requires_grad_(), *case[3:])
+    confidence.backward()
+    assert case[2].grad.ne(0).any() and case[1].grad is None
+    localization.backward()
+    assert case[1].grad.ne(0).any()
     for tensors, before in zip(case, copies):
         for tensor, copied in zip(tensors, before, strict=True):
             assert torch.equal(tensor, copied)

@@ -3,12 +3,12 @@
 import copy
 import math
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from references import ssd300
 from torch import nn
 from torchvision.models import vgg16
 
@@ -37,7 +37,7 @@ CONVOLUTIONS = {
 
 
 def literal_priors():
-    """The text's rules, one after the other, without the cut at 1: [c_x, c_y, w, h] of 8732 priors."""
+    """The text's rules, one after the other, without the cap at 1: [c_x, c_y, w, h] of 8732 priors."""
     grids = {'conv4_3': 38, 'conv7': 19, 'conv8_2': 10, 'conv9_2': 5, 'conv10_2': 3, 'conv11_2': 1}
     scales = {'conv4_3': 0.1, 'conv7': 0.2, 'conv8_2': 0.375, 'conv9_2': 0.55, 'conv10_2': 0.725, 'conv11_2': 0.9}
     aspect_ratios = {name: [1., 2., 0.5] for name in grids}
@@ -89,7 +89,7 @@ def test_base_starts_from_he_the_rest_from_xavier_biases_from_0_and_rescale_fact
 
 @pytest.fixture(scope='module')
 def pretrained():
-    """A stand-in for ImageNet's VGG-16, where torch.hub would have put the download; and a base that took it over."""
+    """A stand-in for ImageNet's VGG-16, where torch.hub would have put the download; and a base that loaded it."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as context:  # tmp_path would keep 550 MB
         (Path(folder) / 'hub' / 'checkpoints').mkdir(parents=True)
         torch.manual_seed(1)
@@ -104,7 +104,7 @@ def pretrained():
     return weights, base
 
 
-def test_the_thirteen_convolutions_of_vgg_are_taken_over_in_order(pretrained):
+def test_the_thirteen_convolutions_of_vgg_are_loaded_in_order(pretrained):
     weights, base = pretrained
     places = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # of the convolutions in torchvision's `features`
     names = [name.removeprefix('base.') for name in CONVOLUTIONS if name.startswith('base.')][:13]
@@ -158,13 +158,21 @@ def test_the_8732_priors_are_exactly_those_of_the_texts_rules(model):
     assert model.priors_cxcy[8729].tolist() == [0.5, 0.5, 1, 1]
 
 
-def test_20_priors_are_cut_to_the_image_and_2740_overshoot_it(model):
+def test_20_priors_are_capped_at_the_image_and_2740_overshoot_it(model):
     assert (literal_priors()[:, 2:] > 1).any(dim=1).sum() == 20
     assert model.priors_cxcy[:, 2:].max() == 1
     # 1e-6: rounding alone is no overshooting.
     center, half = model.priors_cxcy[:, :2], model.priors_cxcy[:, 2:] / 2
     overshoots = ((center - half < -1e-6) | (center + half > 1 + 1e-6)).any(dim=1)
     assert overshoots.sum() == 2740
+
+
+def test_the_first_ratio_of_a_map_counts_and_comes_before_the_extra_prior(monkeypatch):
+    changed = FEATURE_MAPS[3]._replace(ratios=(4, 0.25))  # conv9_2, of scale 0.55
+    monkeypatch.setattr('model.FEATURE_MAPS', (*FEATURE_MAPS[:3], changed, *FEATURE_MAPS[4:]))
+    first, extra, last = SSD300.create_prior_boxes()[8542:8545, 2:].tolist()
+    assert first == [1, pytest.approx(0.275)] and last == [pytest.approx(0.275), 1]  # 1.1 is capped
+    assert extra == pytest.approx([math.sqrt(0.55 * 0.725)] * 2)
 
 
 def test_priors_move_with_the_network_but_are_neither_saved_nor_trained(model):
@@ -210,38 +218,26 @@ def network(model):
 
 @pytest.fixture(scope='module')
 def passed(network):
-    """Two images, what the network made of them, and the shapes and maps on the way."""
+    """Two images and their predictions."""
     images = torch.randn(2, 3, 300, 300, generator=torch.Generator().manual_seed(2))
-    inputs = {}
-    hooks = [module.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
-             for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]
     with torch.no_grad():
-        locs, scores = network(images)
-    for hook in hooks:
-        hook.remove()
-    return images, locs, scores, inputs
+        return images, *network(images)
 
 
-def test_the_maps_have_the_papers_sizes_and_there_are_offsets_and_scores_for_each_prior(passed):
-    _, locs, scores, inputs = passed
-    assert locs.shape == (2, 8732, 4) and scores.shape == (2, 8732, 21)
-    assert locs.isfinite().all() and scores.isfinite().all()
-    sizes = Counter(tuple(feature.shape[1:]) for name, feature in inputs.items() if name.startswith('pred_convs.'))
-    assert sizes == {(512, 38, 38): 2, (1024, 19, 19): 2, (512, 10, 10): 2, (256, 5, 5): 2, (256, 3, 3): 2,
-                     (256, 1, 1): 2}
-    # pool3 rounds the half of 75 up to 38, pool5 keeps 19.
-    sides = [inputs[f'base.{name}'].shape[-1] for name in ('conv1_1', 'conv2_1', 'conv3_1', 'conv4_1', 'conv5_1',
-                                                           'conv6', 'conv7')]
-    assert sides == [300, 150, 75, 38, 19, 19, 19]
-
-
-def test_conv4_3_is_brought_to_length_1_and_rescaled_for_prediction_alone(network, passed):
-    *_, inputs = passed
+def test_the_network_computes_what_its_weights_say_layer_by_layer(network, passed):
+    images, *predictions = passed
     with torch.no_grad():
-        conv4_3 = F.relu(network.base.conv4_3(inputs['base.conv4_3']))  # (2, 512, 38, 38)
-    lengths = conv4_3.pow(2).sum(dim=1, keepdim=True).sqrt()
-    torch.testing.assert_close(inputs['pred_convs.loc_conv4_3'], network.rescale_factors * conv4_3 / lengths)
-    torch.testing.assert_close(inputs['base.conv5_1'], F.max_pool2d(conv4_3, 2))
+        expected = ssd300(network.state_dict(), images[:1], n_classes=21)
+    assert expected[0].shape == (1, 8732, 4) and expected[1].shape == (1, 8732, 21)
+    for ours, theirs in zip(predictions, expected):
+        torch.testing.assert_close(ours[:1], theirs, atol=1e-3, rtol=1e-3)
+
+
+def test_a_batch_without_images_gives_empty_predictions_and_detections(model):
+    with torch.no_grad():
+        locs, scores = model(torch.zeros(0, 3, 300, 300))
+    assert locs.shape == (0, 8732, 4) and scores.shape == (0, 8732, 21)
+    assert model.detect_objects(locs, scores, 0.01, 0.45, 200) == ([], [], [])
 
 
 def test_a_conv4_3_of_nothing_but_zeros_gives_finite_predictions(model, monkeypatch):
@@ -252,7 +248,7 @@ def test_a_conv4_3_of_nothing_but_zeros_gives_finite_predictions(model, monkeypa
 
 
 def test_an_image_gets_the_same_predictions_alone_and_in_a_batch(network, passed):
-    images, locs, scores, _ = passed
+    images, locs, scores = passed
     with torch.no_grad():
         alone_locs, alone_scores = network(images[1:])
     torch.testing.assert_close(alone_locs, locs[1:], atol=1e-4, rtol=1e-4)

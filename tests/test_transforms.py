@@ -11,8 +11,8 @@ from PIL import Image
 from references import iou
 
 import utils
-from utils import (DISTORTIONS, IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, adjust_contrast, photometric_distort, random_crop,
-                   render_window, shift_hue, transform, zoom_out)
+from utils import (DISTORTIONS, IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, adjust_contrast, photometric_distort,
+                   random_crop, render_window, shift_hue, transform, zoom_out)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -25,7 +25,7 @@ def seed(value):
 
 
 def pixel_boxes(n, width, height, margin=0, smallest=1):
-    """Boxes (n, 4) with whole coordinates in a picture, at least so many pixels away from its edges."""
+    """Boxes (n, 4) with whole coordinates in a picture, at least `margin` pixels away from its edges."""
     lows = [[random.randint(margin, size - 1 - margin - smallest) for size in (width, height)] for _ in range(n)]
     return torch.tensor([[x, y, random.randint(x + smallest, width - 1 - margin),
                           random.randint(y + smallest, height - 1 - margin)] for x, y in lows], dtype=torch.float)
@@ -110,8 +110,8 @@ def no_crop(monkeypatch):
 # -------------------------------------------------------------------------- boxes and pixels move together
 
 def check_painting(image, boxes, originals, scale):
-    """Compares the coordinates painted at the corners and the centers of a picture's boxes (n, 4) with the original
-    boxes (n, 4). `scale` is how many pixels of the original an output pixel covers, (2). Returns whether the picture is
+    """Compare the coordinates painted at the corners and the centers of a picture's boxes (n, 4) with the original
+    boxes (n, 4). `scale` is how many pixels of the original an output pixel covers, (2). Return whether the picture is
     mirrored."""
     column, row, _ = colors(image)  # (300, 300) each: what is painted there
     to_be_seen = (image != 0).any(dim=0)  # (300, 300)
@@ -238,7 +238,7 @@ def test_a_crop_keeps_the_limits_of_size_aspect_ratio_center_and_overlap(overlap
 
 
 def reference_crop(width, height, boxes):
-    """The crop as the tutorial's text describes it: one try after the other, in plain Python."""
+    """The crop as the original tutorial describes it: one try after the other, in plain Python."""
     while True:
         overlap = random.choice(OVERLAPS)
         if overlap is None:
@@ -318,14 +318,25 @@ def test_each_distortion_comes_half_of_the_time_anywhere_in_its_range_and_in_any
         assert 0 <= min(values) < 0.02 and 0.98 < max(values) <= 1 and 0.47 < sum(values) / len(values) < 0.53
 
 
-@pytest.mark.parametrize('shift', [-0.5, -18 / 255, -0.01, 0, 0.02, 18 / 255, 0.5])
-def test_hue_is_shifted_as_torchvision_does(shift):
+@pytest.mark.parametrize('ours', [shift_hue, adjust_contrast])
+@pytest.mark.parametrize('by', [-0.5, -18 / 255, -0.01, 0, 0.02, 18 / 255, 0.5])
+def test_hue_and_contrast_change_as_torchvision_changes_them(ours, by):
     torch.manual_seed(0)
     image = torch.rand(3, 40, 50)
     image[:, :5] = image[:1, :5]  # gray
     image[:2, 5:10] = 0.5  # two channels equal
     image[:, 10:12] = torch.tensor([[1.0, 0.0]]).view(1, 2, 1)  # white and black
-    torch.testing.assert_close(shift_hue(image, shift), TF.adjust_hue(image, shift), rtol=0, atol=2e-6)
+    theirs, amount = (TF.adjust_hue, by) if ours is shift_hue else (TF.adjust_contrast, 1 + by)
+    torch.testing.assert_close(ours(image, amount), theirs(image, amount), rtol=0, atol=2e-6)
+
+
+def test_the_bits_of_an_image_do_not_depend_on_the_number_of_threads():
+    picture, images = noise(400, 300), []
+    for n_threads in (1, 2, 3):
+        torch.set_num_threads(n_threads)
+        seed(2)
+        images.append(torch.stack([render_window(picture, distort=True) for _ in range(8)]))
+    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
 
 
 def test_the_filler_around_a_picture_is_not_distorted():
