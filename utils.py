@@ -425,7 +425,7 @@ def write_data_lists(output_folder, label_map, **pictures):
     for split in pictures:
         files[f'{split}_images'], _, files[f'{split}_objects'] = zip(*pictures[split])
         n_objects = sum(len(objects['boxes']) for objects in files[f'{split}_objects'])
-        print(f'{split}: {len(pictures[split]):,} images with {n_objects:,} objects')
+        print(f'{split}: {len(pictures[split]):,} pictures with {n_objects:,} objects')
     make_folder(output_folder)
     with ExitStack() as stack:  # no file is replaced before all are written: never old ones beside new ones
         for name, content in files.items():
