@@ -1,5 +1,6 @@
 """PascalVOCDataset: from data lists to batches; and how pictures are read."""
 
+import multiprocessing
 import random
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from conftest import make_voc, noise
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import train
 import utils
 from datasets import PascalVOCDataset
 from eval import detect_all, make_test_loader
@@ -74,7 +76,8 @@ def test_a_hundred_batches_of_an_evaluation_need_few_open_files(lists, model, mo
     resource = pytest.importorskip('resource')
     dataset = PascalVOCDataset(lists, 'TRAIN', keep_difficult=True, augment=False)
     dataset.paths, dataset.objects = dataset.paths * 50, dataset.objects * 50
-    monkeypatch.setattr(model, 'forward', lambda images: (torch.zeros(2, 8732, 4), torch.zeros(2, 8732, 21)))
+    background = torch.eye(21)[:1].expand(2, 8732, 21) * 20
+    monkeypatch.setattr(model, 'forward', lambda images: (torch.zeros(2, 8732, 4), background))
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, limits[0]), limits[1]))
     try:
@@ -84,13 +87,22 @@ def test_a_hundred_batches_of_an_evaluation_need_few_open_files(lists, model, mo
     assert [len(boxes) for boxes in found[3]] == [2, 1, 0, 3] * 50
 
 
-def test_a_running_worker_sees_the_next_epoch(lists):
+@pytest.mark.parametrize('start_method', ['fork', *(pytest.param(name, marks=pytest.mark.slow)
+                                                    for name in ('spawn', 'forkserver'))])
+def test_workers_are_started_once_and_see_each_epoch_however_they_are_started(lists, start_method, monkeypatch):
+    for name, value in {'workers': 1, 'batch_size': 4}.items():
+        monkeypatch.setattr(train, name, value)
     dataset = PascalVOCDataset(lists, 'TRAIN', seed=0)
-    loader = DataLoader(dataset, batch_size=4, num_workers=1, collate_fn=dataset.collate_fn, persistent_workers=True)
+    loader, workers = train.make_loader(dataset, rank=0, n_processes=1), set()
+    others = multiprocessing.active_children()
+    loader.multiprocessing_context = start_method
     for epoch in range(3):
+        loader.sampler.set_epoch(epoch)
         dataset.set_epoch(epoch)
-        images, *_ = next(iter(loader))
-        assert images.equal(dataset.collate_fn([dataset[i] for i in range(4)])[0])
+        (images, *_), = loader
+        assert images.equal(dataset.collate_fn([dataset[i] for i in loader.sampler])[0])
+        workers.update(multiprocessing.active_children())
+    assert len(workers.difference(others)) == 1
 
 
 # --------------------------------------------------------------------------------------------- bad lists
