@@ -2,15 +2,13 @@
 
 import copy
 import math
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from references import ssd300
 from torch import nn
-from torchvision.models import vgg16
+from torchvision.models import VGG16_Weights, vgg16
 
 from model import FEATURE_MAPS, SSD300, PredictionConvolutions, VGGBase
 from utils import decimate
@@ -89,22 +87,20 @@ def test_base_starts_from_he_the_rest_from_xavier_biases_from_0_and_rescale_fact
 
 @pytest.fixture(scope='module')
 def pretrained():
-    """A stand-in for ImageNet's VGG-16, where torch.hub would have put the download; and a base that loaded it."""
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as context:  # tmp_path would keep 550 MB
-        (Path(folder) / 'hub' / 'checkpoints').mkdir(parents=True)
-        torch.manual_seed(1)
-        weights = vgg16(weights=None).state_dict()
-        for name, bias in weights.items():
-            if name.endswith('bias'):
-                nn.init.normal_(bias)
-        torch.save(weights, Path(folder) / 'hub' / 'checkpoints' / 'vgg16-397923af.pth')
-        context.setenv('TORCH_HOME', folder)
+    """A stand-in for ImageNet's VGG-16, and a base that loaded it."""
+    with torch.device('meta'):
+        shapes = {name: tensor.shape for name, tensor in vgg16(weights=None).state_dict().items()}
+    torch.manual_seed(1)  # a random number for each output channel, plus one for each place within it
+    weights = {name: torch.rand(shape[0], *[1] * len(shape[1:])) + torch.rand(shape[1:])
+               for name, shape in shapes.items()}
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr('model.download_weights', {VGG16_Weights.IMAGENET1K_V1: weights}.get)
         base = VGGBase()
         base.load_pretrained_layers()
     return weights, base
 
 
-def test_the_thirteen_convolutions_of_vgg_are_loaded_in_order(pretrained):
+def test_the_thirteen_convolutions_of_vgg_are_loaded_in_order_and_all_are_still_trained(pretrained):
     weights, base = pretrained
     places = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # of the convolutions in torchvision's `features`
     names = [name.removeprefix('base.') for name in CONVOLUTIONS if name.startswith('base.')][:13]
@@ -112,22 +108,18 @@ def test_the_thirteen_convolutions_of_vgg_are_loaded_in_order(pretrained):
         conv = base.get_submodule(name)
         assert torch.equal(conv.weight, weights[f'features.{place}.weight']), name
         assert torch.equal(conv.bias, weights[f'features.{place}.bias']), name
-
-
-def test_conv6_is_every_fourth_output_and_every_third_row_and_column_of_fc6(pretrained):
-    weights, base = pretrained
-    fc6, conv6 = weights['classifier.0.weight'], base.conv6
-    for row, column in ((row, column) for row in range(3) for column in range(3)):
-        # fc6 sees pool5's map (512, 7, 7) flattened: channel by channel, row by row.
-        inputs = [49 * channel + 7 * (3 * row) + 3 * column for channel in range(512)]
-        assert torch.equal(conv6.weight[:, :, row, column], fc6[0:4096:4][:, inputs])
-    assert torch.equal(conv6.bias, weights['classifier.0.bias'][0:4096:4])
-
-
-def test_conv7_is_every_fourth_output_and_every_fourth_input_of_fc7_and_all_are_still_trained(pretrained):
-    weights, base = pretrained
     assert all(parameter.requires_grad and parameter.is_leaf for parameter in base.parameters())
-    assert torch.equal(base.conv7.weight[:, :, 0, 0], weights['classifier.3.weight'][0:4096:4, 0:4096:4])
+
+
+def test_conv6_and_conv7_are_every_fourth_output_and_the_right_inputs_of_fc6_and_fc7(pretrained):
+    weights, base = pretrained
+    fc6, fc7 = weights['classifier.0.weight'], weights['classifier.3.weight']
+    for row, column in ((row, column) for row in range(3) for column in range(3)):
+        # Every third row and column. fc6 sees pool5's map (512, 7, 7) channel by channel, row by row.
+        inputs = [49 * channel + 7 * (3 * row) + 3 * column for channel in range(512)]
+        assert torch.equal(base.conv6.weight[:, :, row, column], fc6[0:4096:4][:, inputs])
+    assert torch.equal(base.conv6.bias, weights['classifier.0.bias'][0:4096:4])
+    assert torch.equal(base.conv7.weight[:, :, 0, 0], fc7[0:4096:4, 0:4096:4])
     assert torch.equal(base.conv7.bias, weights['classifier.3.bias'][0:4096:4])
 
 
