@@ -123,18 +123,14 @@ def test_a_data_list_that_is_missing_damaged_or_of_other_data_is_named_with_what
 
 # ---------------------------------------------------------------------------------------------- pictures
 
-@pytest.mark.parametrize('complaint', ["isn't there", "can't be read"])
-def test_a_picture_that_is_missing_or_truncated_is_named(lists, complaint):
+def test_a_picture_that_is_missing_or_truncated_is_named(lists):
     dataset = PascalVOCDataset(lists, 'TRAIN')
     path = Path(dataset.paths[0])
-    content = path.read_bytes()
-    path.unlink()
-    if complaint == "can't be read":
-        path.write_bytes(content[:len(content) // 2])
-    with pytest.raises(InputError) as refused:
-        dataset[0]
-    message, = str(refused.value).splitlines()
-    assert message.startswith(f"picture '{path}' {complaint}")
+    path.write_bytes(path.read_bytes()[:-200])
+    for complaint in ("can't be read", "isn't there"):
+        with pytest.raises(InputError, match=f"^picture '{path}' {complaint}.*$"):
+            dataset[0]
+        path.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize('augment', [False, True])

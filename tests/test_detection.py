@@ -157,21 +157,6 @@ def test_small_boxes_of_the_last_class_are_compared_to_the_last_digit():
     assert 140 < len(expected) < 160
 
 
-def test_the_best_top_k_are_returned_highest_score_first():
-    probabilities = [[0.5, 0.5], [0.1, 0.9], [0.3, 0.7]]
-    for top_k in (1, 2, 3, 4):
-        boxes, _, scores = detect(APART, probabilities, top_k=top_k)
-        assert scores.tolist() == pytest.approx([0.9, 0.7, 0.5][:top_k])
-        torch.testing.assert_close(boxes, torch.tensor(APART)[[1, 2, 0]][:top_k])
-
-
-def test_objects_of_equal_score_come_in_the_order_of_the_priors():
-    boxes, _, _ = detect(APART, [[0.5, 0.5]] * 3)
-    torch.testing.assert_close(boxes, torch.tensor(APART))
-    boxes, _, _ = detect(APART[::-1], [[0.5, 0.5]] * 3, top_k=2)
-    torch.testing.assert_close(boxes, torch.tensor(APART[::-1][:2]))
-
-
 def test_an_image_gives_the_same_objects_alone_and_in_a_batch_or_empty_tensors():
     detector, locs, scores = random_case(1, n_images=4)
     scores[1, :, 0] = 100  # nothing but background

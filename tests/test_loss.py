@@ -120,20 +120,6 @@ def test_the_loss_worked_out_on_paper():
         MultiBoxLoss(QUARTERS, localization='L1')
 
 
-def test_hard_negatives_are_chosen_image_by_image():
-    # The first image has an object and easy negatives; the second has none, so its hard ones don't count.
-    boxes = [torch.tensor([[0, 0, 0.5, 0.5]]), torch.empty(0, 4)]
-    labels = [torch.tensor([1]), torch.empty(0, dtype=torch.long)]
-    scores = torch.zeros(2, 5, 2)
-    scores[1, :, 1] = 50
-    criterion = MultiBoxLoss(QUARTERS)
-    confidence, _ = criterion.parts(torch.zeros(2, 5, 4), scores, boxes, labels)
-    assert confidence.item() == pytest.approx(4 * math.log(2))
-    # Swapped, they are three of the first image's.
-    confidence, _ = criterion.parts(torch.zeros(2, 5, 4), scores.flip(0), boxes, labels)
-    assert confidence.item() == pytest.approx(150, rel=1e-4)
-
-
 @pytest.mark.parametrize('counts', [[0, 0], []])
 @pytest.mark.parametrize('localization', ['smooth_l1', 'l1'])
 def test_a_batch_without_any_object_or_image_has_loss_0_and_gradient_0(localization, counts):
