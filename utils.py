@@ -1,17 +1,17 @@
-"""What the scripts share besides the network: code that works on boxes, pictures, detections and files.
+"""What the scripts share besides the network: functions for boxes, pictures, detections and files.
 
 Chapters, in reading order: labels · boxes · data lists · transforms · evaluation · checkpoints · script settings.
 
-A box is the last dimension (of size 4) of a tensor. It has one of three forms:
+A box is the last dimension of a tensor, of size 4. It has one of three forms:
 
 - boundary coordinates (x_min, y_min, x_max, y_max), called "xy" in names and comments;
 - center-size coordinates (c_x, c_y, w, h), called "cxcy";
 - offsets from a prior (g_c_x, g_c_y, g_w, g_h), called "gcxgcy".
 
-Coordinates are fractions of the picture's width and height. Only annotations and the input of `transform`
-are in pixels ("absolute" coordinates).
+Coordinates are fractions of the picture's width and height. Only annotations and the input of `transform` are in
+pixels ("absolute" coordinates).
 
-A "picture" is a photograph: a file, or a PIL image. An "image" is the normalized tensor that the network sees.
+A "picture" is a photograph: a file or a PIL image. An "image" is the normalized tensor that the network sees.
 """
 
 import argparse
@@ -46,9 +46,11 @@ from tqdm import tqdm
 
 
 class InputError(Exception):
-    """Something that the user provided is missing, unreadable or wrong. The message is one sentence that names
-    it and says what to do; `changes` are settings with which it may go well the next time. `run_script`
-    prints the message instead of a traceback."""
+    """Something that the user provided is missing, unreadable or wrong.
+
+    The message is one sentence that names it and says what to do; `run_script` prints it instead of a traceback.
+    `changes` are settings that may help the next time.
+    """
 
     def __init__(self, message, **changes):
         super().__init__(message)
@@ -75,7 +77,7 @@ def make_label_map(labels) -> dict[str, int]:
 
 def make_label_colors(label_map) -> dict[str, str]:
     """Return {label: '#rrggbb'} for any number of classes."""
-    # Steps of the golden ratio around the color circle never repeat a hue, and neighbors in the list differ.
+    # Steps of the golden ratio around the color circle never repeat a hue, and make neighbors in the list differ.
     colors = {}
     for label, index in label_map.items():
         rgb = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.85, 0.95 if index % 2 else 0.75)
@@ -107,9 +109,9 @@ def cxcy_to_xy(cxcy):
 def cxcy_to_gcxgcy(cxcy, priors_cxcy):
     """Encode boxes (…, 4) as offsets (…, 4) from their priors (…, 4); both in center-size coordinates.
 
-    Centers are compared in units of the prior's size, sizes by the logarithm of their ratio. The factors 10
-    and 5 aren't in the paper: they are the "variances" 0.1 and 0.2 of the authors' Caffe code. They bring all
-    four offsets to about the same spread.
+    The offset of a center is measured in units of the prior's size, that of a size by the logarithm of the ratio. The
+    factors 10 and 5 aren't in the paper. They are the "variances" 0.1 and 0.2 of the authors' Caffe code, and give all
+    four offsets about the same spread.
     """
     c_x, c_y, w, h = cxcy.unbind(dim=-1)
     prior_x, prior_y, prior_w, prior_h = priors_cxcy.unbind(dim=-1)
@@ -120,8 +122,8 @@ def cxcy_to_gcxgcy(cxcy, priors_cxcy):
     return torch.stack((g_c_x, g_c_y, g_w, g_h), dim=-1)
 
 
-# The largest log(w / ŵ) that is decoded, as in torchvision: 62.5 times the prior, far larger than any image.
-# Without a limit, exp() could turn one wild prediction into infinity.
+# The largest log(w / ŵ) that is decoded, as in torchvision: a box 62.5 times the size of its prior. Without a limit,
+# exp() could turn one wild prediction into infinity.
 MAX_LOG_RATIO = math.log(1000 / 16)
 
 
@@ -137,8 +139,7 @@ def gcxgcy_to_cxcy(gcxgcy, priors_cxcy):
 
 
 def find_intersection(set_1, set_2):
-    """Return the area (…, n1, n2) that each box of (…, n1, 4) shares with each of (…, n2, 4); boundary
-    coordinates."""
+    """Return the area (…, n1, n2) that each box of (…, n1, 4) shares with each of (…, n2, 4); boundary coordinates."""
     lower = torch.maximum(set_1[..., :, None, :2], set_2[..., None, :, :2])  # (…, n1, n2, 2): left and top
     upper = torch.minimum(set_1[..., :, None, 2:], set_2[..., None, :, 2:])  # (…, n1, n2, 2): right and bottom
     width, height = (upper - lower).clamp(min=0).unbind(dim=-1)  # (…, n1, n2): 0 where the boxes don't touch
@@ -147,7 +148,7 @@ def find_intersection(set_1, set_2):
 
 def find_jaccard_overlap(set_1, set_2):
     """Return the Jaccard overlap (IoU) (…, n1, n2) of each box of (…, n1, 4) with each of (…, n2, 4); boundary
-    coordinates. Boxes without area overlap by 0."""
+    coordinates. The overlap of boxes without area is 0."""
     width_1, height_1 = (set_1[..., 2:] - set_1[..., :2]).unbind(dim=-1)  # (…, n1)
     width_2, height_2 = (set_2[..., 2:] - set_2[..., :2]).unbind(dim=-1)  # (…, n2)
     intersection = find_intersection(set_1, set_2)  # (…, n1, n2)
@@ -169,29 +170,28 @@ SPLIT_FOLDERS = ('train', 'test', 'valid', 'val')
 
 
 class Findings:
-    """What reading annotations brings to light besides objects, to be reported in a few lines."""
+    """What the annotations reveal besides objects. It is reported in a few lines."""
 
     def __init__(self):
         self.labels = Counter()  # {label: number of objects}, of all labels, wanted or not
         self.notes = defaultdict(list)  # {what is odd: where}
-        self.faults = []  # what keeps the data lists from being made
+        self.faults = []  # reasons why the data lists can't be made
 
 
 def some(cases) -> str:
-    """Return the first three of some texts."""
+    """Return the first three of several texts as one text."""
     return ', '.join(map(str, cases[:3])) + (', …' if len(cases) > 3 else '')
 
 
 def parse_annotation(annotation_path, label_map=label_map, size=None, findings=None) -> dict[str, list]:
-    """Return the objects in an annotation file of VOC's format.
+    """Return the objects in an annotation file of VOC's format, without those of other labels and boxes without area.
 
-    :param size: width and height of the picture, at whose edges boxes are cut; None: they stay as they are
-    :param findings: Findings that note all labels, boxes without area and a <size> that isn't the picture's
-    :return: {'boxes': [[x_min, y_min, x_max, y_max], …] in pixels counted from 0, 'labels': [class index,
-        …], 'difficulties': [0 or 1, …]}
+    :param size: width and height of the picture, at whose edges boxes are clipped; None: boxes stay as they are
+    :param findings: Findings to which to add all labels, boxes without area, and a <size> that isn't the picture's
+    :return: {'boxes': [[x_min, y_min, x_max, y_max], …] in pixels counted from 0, 'labels': [class index, …],
+        'difficulties': [0 or 1, …]}
 
-    Objects of other labels and boxes without area are left out. Raises InputError if the file is missing or no
-    such annotation.
+    Raises InputError if the file is missing or isn't such an annotation.
     """
     findings = findings or Findings()
     index_of = {label.lower(): index for label, index in label_map.items() if index > 0}
@@ -204,13 +204,13 @@ def parse_annotation(annotation_path, label_map=label_map, size=None, findings=N
         fits = not size or 0 in noted or all(abs(noted[i] - size[i]) <= 0.02 * size[i] for i in (0, 1))
         if not fits:
             findings.notes["annotations have a <size> that isn't their picture's, so boxes may be wrong (was the "
-                           'picture turned by EXIF, shrunk or exchanged?)'].append(
+                           'picture rotated by EXIF, shrunk or replaced?)'].append(
                 f"'{annotation_path}' ({noted[0]:g}×{noted[1]:g}, not {size[0]}×{size[1]})")
         for element in root.findall('object'):
             texts = [element.findtext(tag, default='').strip() for tag in OBJECT_TAGS]
             if '' in texts:
                 raise ValueError(f'an object without {OBJECT_TAGS[texts.index("")]}')
-            label, sides = texts[0], texts[1:]
+            label, *sides = texts
             x_min, y_min, x_max, y_max = (float(side) - 1 for side in sides)  # VOC counts pixels from 1
             if size:
                 x_min, y_min = max(x_min, 0), max(y_min, 0)
@@ -238,19 +238,18 @@ def opened_picture(path):
         with Image.open(path) as image:
             yield image
     except FileNotFoundError:
-        raise InputError(f"picture '{path}' isn't there: copy it there, or make the data lists again "
-                         'without it') from None
-    except Exception as error:  # each of Pillow's formats raises others
-        raise InputError(f"picture '{path}' can't be read ({error}): replace it, or leave it out") from None
+        raise InputError(f"picture '{path}' isn't there: copy it there, or make the data lists without it") from None
+    except Exception as error:  # each of Pillow's formats has its own errors
+        raise InputError(f"picture '{path}' can't be read ({error}): replace it or leave it out") from None
 
 
 def upright_rgb(image) -> Image.Image:
     """Return a copy of a PIL image, upright and in mode RGB."""
     require(isinstance(image, Image.Image),
-            f"a picture must be a PIL image, not {type(image).__name__}: make one by Image.fromarray(frame) of an RGB "
-            "array, by Image.fromarray(frame[..., ::-1]) of OpenCV's BGR frames")
-    image = ImageOps.exif_transpose(image)  # phones only note in EXIF data how to turn a photo
-    if image.mode[0] in 'IF':  # more than 8 bits a pixel, which Pillow would cut off at 255
+            f"a picture must be a PIL image, not {type(image).__name__}: convert an RGB array with "
+            "Image.fromarray(frame), OpenCV's BGR frames with Image.fromarray(frame[..., ::-1])")
+    image = ImageOps.exif_transpose(image)  # a phone only notes in EXIF data how a photo must be rotated
+    if image.mode[0] in 'IF':  # more than 8 bits per pixel, which Pillow would clip at 255
         image = image.convert('F')
         highest = int(image.getextrema()[1])
         n_bits = next((bits for bits in (8, 12, 16) if highest < 2 ** bits), 32)  # cameras often use 12 of 16 bits
@@ -266,34 +265,34 @@ def read_image(path) -> Image.Image:
 
 
 def picture_size(path, decode=False) -> tuple[int, int]:
-    """Return width and height of the picture that `read_image` would give, from the file's header alone; with
-    `decode`, also read the rest, to see whether it is broken."""
+    """Return width and height of the picture that `read_image` would return, from the file's header alone. With
+    `decode`, also read the rest, to find broken files."""
     with opened_picture(path) as image:
         width, height = image.size
         if decode:
-            image.draft('L', (1, 1))  # of JPEG, all is read but only every eighth pixel computed
+            image.draft('L', (1, 1))  # makes it fast: of JPEG, all is read but only every eighth pixel computed
             image.load()
-        # Not image.getexif(): it would decode PNG, since EXIF data may also stand behind the pixels.
+        # Not image.getexif(): it would decode a whole PNG, where EXIF data may follow the pixels.
         on_its_side = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)  # EXIF's orientation
         return (height, width) if on_its_side else (width, height)
 
 
 def find_files(folder, suffixes) -> dict[str, list[str]]:
-    """Return {name: paths} of the files below a folder that end so; names are paths without suffix, like train/a."""
+    """Return {name: paths} of all files in a folder with these suffixes; a name is a path without suffix: train/a."""
     files = defaultdict(list)
     for parent, _, file_names in sorted(os.walk(folder)):
         start = Path(parent).relative_to(folder).as_posix().removeprefix('.')
         for stem, suffix in map(os.path.splitext, sorted(file_names)):
-            if suffix.lower() in suffixes and not stem.startswith('.'):  # the Mac's ._a.jpg is no picture
+            if suffix.lower() in suffixes and not stem.startswith('.'):  # macOS's ._a.jpg isn't a picture
                 files[f'{start}/{stem}'.removeprefix('/')].append(os.path.join(parent, stem + suffix))
     return files
 
 
 def read_names(list_path, pictures) -> list[str]:
-    """Return the names in one of VOC's lists, one a line. A line may also have a suffix and a flag: 'a.jpg 1'."""
+    """Return the names in one of VOC's lists, one per line. A line may also have a suffix and a flag: 'a.jpg 1'."""
     try:
         data = list_path.read_bytes() if list_path.exists() else b''
-        # Windows' PowerShell writes UTF-16, and Windows' editors put a byte order mark before UTF-8.
+        # PowerShell writes UTF-16, and Windows editors put a byte order mark before UTF-8.
         text = data.decode('utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig')
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the list '{list_path}' can't be read ({error}): save it as UTF-8") from None
@@ -306,8 +305,8 @@ def read_names(list_path, pictures) -> list[str]:
 
 
 def split_names(voc_path, pictures, annotations, with_test) -> list[list[str]]:
-    """Return the names of a folder's pictures for training and for testing: those in its lists; without lists, those
-    below train/ and below test/, valid/ or val/; without these folders, every fifth is for testing (with_test)."""
+    """Return the names of a folder's pictures for training and for testing. They are those in its lists; without lists,
+    those below train/ and below test/, valid/ or val/; without these, every fifth is for testing (with_test)."""
     lists = [voc_path / 'ImageSets' / 'Main' / f'{split}.txt' for split in ('trainval', 'test')]
     if any(path.exists() for path in lists):
         return [read_names(path, pictures) for path in lists]
@@ -322,7 +321,7 @@ def split_names(voc_path, pictures, annotations, with_test) -> list[list[str]]:
         return [list(pictures), []]
     test = [name for name in pictures if name in annotations][::5]
     print(f"'{voc_path}' has no lists (ImageSets/Main/trainval.txt and test.txt): every fifth picture is for testing, "
-          f'{len(test):,} of them. Write lists if pictures belong together: all frames of a film must be in one split')
+          f'{len(test):,} of them. Write lists if pictures belong together: all frames of a video must be in one split')
     return [sorted(pictures.keys() - set(test)), test]
 
 
@@ -336,7 +335,7 @@ def read_folder(voc_path, label_map, findings, keep_unannotated=False, with_test
         folders = [voc_path, voc_path]  # then each XML file is beside its picture
     pictures, annotations = find_files(folders[0], PICTURE_SUFFIXES), find_files(folders[1], ('.xml',))
     require(pictures.keys() & annotations.keys(),
-            f"'{voc_path}' has {len(pictures):,} pictures and {len(annotations):,} XML files, but none of a picture's "
+            f"'{voc_path}' has {len(pictures):,} pictures and {len(annotations):,} XML files, but none has a picture's "
             'name: export your annotations as Pascal VOC, and name the folders JPEGImages and Annotations')
     splits = split_names(voc_path, pictures, annotations, with_test)
     splits = splits if with_test else splits[:1]
@@ -348,7 +347,7 @@ def read_folder(voc_path, label_map, findings, keep_unannotated=False, with_test
                            'without objects)'].append(f"'{path}'")
             continue
         try:
-            require(not others, f"pictures '{path}' and '{some(others)}' have one name: rename one")
+            require(not others, f"pictures '{path}' and '{some(others)}' have the same name: rename one")
             size = picture_size(path, decode=True)
             objects = {'boxes': [], 'labels': [], 'difficulties': []}
             if name in annotations:
@@ -358,7 +357,7 @@ def read_folder(voc_path, label_map, findings, keep_unannotated=False, with_test
             findings.faults.append(str(error).rpartition(': ')[0])  # without its advice
     orphans = [f"'{paths[0]}'" for name, paths in annotations.items() if name not in pictures and name not in names]
     if orphans:
-        findings.notes['XML files have no picture of their name'] += orphans
+        findings.notes['XML files have no picture of that name'] += orphans
     return [[usable[name] for name in names if name in usable] for names in splits]
 
 
@@ -366,12 +365,11 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
                       keep_unannotated=False):
     """Read annotations in VOC's format and write five JSON files for PascalVOCDataset.
 
-    TRAIN_images.json and TEST_images.json list the pictures' absolute paths. TRAIN_objects.json and
-    TEST_objects.json list, in the same order, their objects as `parse_annotation` returns them.
-    label_map.json is the label map.
+    TRAIN_images.json and TEST_images.json list the pictures' absolute paths. TRAIN_objects.json and TEST_objects.json
+    list their objects in the same order, as `parse_annotation` returns them. label_map.json is the label map.
 
     :param voc07_path: folder with pictures for training and for testing; see `split_names`
-    :param voc12_path: another folder, or a list of them, whose training pictures are taken as well; or None
+    :param voc12_path: another folder, or a list of folders, whose training pictures are added; or None
     :param labels: names of the classes, VOC's or others
     :param skip_empty: leave out training pictures without an object of these classes
     :param keep_unannotated: take pictures without an XML file as pictures without objects
@@ -394,22 +392,22 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
         warnings.warn(f'{len(cases):,} {remark}: {some(cases)}')
     n_faults = len(findings.faults)
     require(not n_faults, f"of {len(train) + len(test) + n_faults:,} pictures {n_faults:,} can't be used: "
-                          f'{some(findings.faults)}: repair (texts as UTF-8) or replace them, or leave them out')
+                          f'{some(findings.faults)}: repair them (texts as UTF-8), replace them or leave them out')
     for name, pictures in (('trainval.txt', train), ('test.txt', test)):
-        require(pictures, f"there is no annotated picture for {Path(voc07_path, 'ImageSets', 'Main', name)}: " + (
-            'extract both archives of VOC 2007 there' if Path(voc07_path).name == 'VOC2007' else 'name some in it'))
+        advice = 'extract both archives of VOC 2007 there' if Path(voc07_path).name == 'VOC2007' else 'name some in it'
+        require(pictures, f"there is no annotated picture for {Path(voc07_path, 'ImageSets', 'Main', name)}: {advice}")
     others = ', '.join(f'{label} ({count:,})' for label, count in findings.labels.most_common()
                        if label.lower() not in map(str.lower, labels))
     n_empty = sum(not objects['boxes'] for *_, objects in train)
-    require(n_empty < len(train), f'no training picture has an object of {", ".join(labels)}: set labels to those that '
-                                  f'the annotations have (others there: {others or "none"})')
+    require(n_empty < len(train), f'no training picture has an object of {", ".join(labels)}: set labels to those of '
+                                  f'the annotations (others there: {others or "none"})')
     if skip_empty:
         train = [picture for picture in train if picture[2]['boxes']]
 
     write_data_lists(output_folder, label_map, TRAIN=train, TEST=test)
     if n_empty:
-        print(f"{n_empty:,} training pictures have no object of these labels: " + ('left out' if skip_empty else (
-            "they teach nothing without train.py's min_negatives, --skip_empty leaves them out")))
+        print(f'{n_empty:,} training pictures have no object of these labels: ' + ('left out' if skip_empty else (
+            "they teach nothing without train.py's min_negatives; --skip_empty leaves them out")))
     if others:
         print(f'Left out the objects of other labels: {others}')
 
@@ -427,7 +425,7 @@ def write_data_lists(output_folder, label_map, **pictures):
         n_objects = sum(len(objects['boxes']) for objects in files[f'{split}_objects'])
         print(f'{split}: {len(pictures[split]):,} pictures with {n_objects:,} objects')
     make_folder(output_folder)
-    with ExitStack() as stack:  # no file is replaced before all are written: never old ones beside new ones
+    with ExitStack() as stack:  # no file is replaced until all are written: old and new ones never mix
         for name, content in files.items():
             file = stack.enter_context(replaced_file(Path(output_folder, f'{name}.json')))
             file.write(json.dumps(content).encode())

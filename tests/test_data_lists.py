@@ -131,7 +131,7 @@ def test_the_five_lists_hold_2007_before_2012_with_absolute_paths(voc, capsys, m
     assert capsys.readouterr().out.splitlines() == [
         'TRAIN: 4 pictures with 3 objects', 'TEST: 1 pictures with 1 objects',
         f"The data lists are in '{voc}/lists'", '2 training pictures have no object of these labels: they teach '
-        "nothing without train.py's min_negatives, --skip_empty leaves them out"]
+        "nothing without train.py's min_negatives; --skip_empty leaves them out"]
 
 
 def test_pictures_without_objects_are_left_out_of_the_training_lists_alone_if_asked_for(voc, capsys, monkeypatch):
@@ -213,10 +213,10 @@ PICTURE, NO_FOLDERS = Image.new('RGB', (64, 48)), {JPEGS: None, XMLS: None, 'Ima
     ({XML_A: LARGER}, 'a b | c', r"1 annotations have a <size>.*a\.xml' \(200×150, not 64×48\)\nTRAIN"),
     ({XML_A: FLAT}, 'a b | c', r"4 boxes have no area.*('.*a\.xml' thing \(5, 6, 5, 6\), ){3}…\nTRAIN"),
     ({f'{XMLS}/b.xml': None}, 'a | c', r"1 pictures have no XML file.*--keep_unannotated.*b\.jpg'\nTRAIN: 1"),
-    ({'ImageSets': None, f'{XMLS}/d.xml': THING}, 'b c | a', r"1 XML files have no picture of their name: '.*d\.xml'"),
+    ({'ImageSets': None, f'{XMLS}/d.xml': THING}, 'b c | a', r"1 XML files have no picture of that name: '.*d\.xml'"),
     ({JPG_A: None, f'{JPEGS}/c.jpg': None}, None, "of 3 pictures 2 can't be used: .*a' isn't there, .*c' isn't there"),
     ({f'{JPEGS}/c.jpg': noise(64, 48)}, None, r"of 3 pictures 1 can't be used: .*c\.jpg' can't be read \(.*truncated"),
-    ({f'{JPEGS}/a.PNG': PICTURE}, None, r"of 3 pictures 1 .*a\.PNG' and '.*a\.jpg' have one name"),
+    ({f'{JPEGS}/a.PNG': PICTURE}, None, r"of 3 pictures 1 .*a\.PNG' and '.*a\.jpg' have the same name"),
     ({XML_A: '<?xml version="1.0" encoding="GB2312"?>' + THING}, None, r"a\.xml' can't be read \(multi-byte.*UTF-8"),
     ({f'{XMLS}/{name}.xml': CAT_XML for name in 'abc'}, None, r'an object of thing: .* \(others there: cat \(3\)\)'),
     ({f'{XMLS}/{name}.xml': None for name in 'abc'}, None, '3 pictures and 0 XML files.*export.*as Pascal VOC')])
