@@ -302,7 +302,7 @@ def test_the_table_of_what_priors_can_find_worked_out_on_paper(capsys):
     script.print_coverage(rows)
     said = capsys.readouterr().out
     assert 'cat                        2       100.0%         0.80      50.0%' in said.splitlines()
-    assert 'Fewer than 80 % find a prior: dog.' in said
+    assert 'Fewer than 80% find a prior: dog.' in said
 
 
 def test_the_best_overlaps_of_many_objects_agree_with_the_definition():
