@@ -100,7 +100,8 @@ def main():
         test_dataset = PascalVOCDataset(data_folder, 'TEST', keep_difficult=True)
         test_dataset.normalize_for(model)
         test_loader = make_test_loader(test_dataset, batch_size, workers, rank, n_processes)
-    print(f'{len(dataset):,} pictures, epochs {run.epoch + 1} to {epochs}, on {n_processes} × {main_device.type}')
+    what = f'epochs {run.epoch + 1} to {epochs}' if run.epoch < epochs else 'only the mAP is missing'
+    print(f'{len(dataset):,} pictures, {what}, on {n_processes} × {main_device.type}')
 
     with way_back(run):
         run.measure_mAP(test_loader, mixed_precision)  # if a resumed run ended before it did
@@ -255,7 +256,7 @@ class Run:
                                  'one that train.py wrote') from None
             if resumed['scaler'] and scaler.is_enabled():
                 scaler.load_state_dict(resumed['scaler'])
-            self.epoch, self.log = resumed['epoch'], resumed['log']
+            self.epoch, self.log, self.settings = resumed['epoch'], resumed['log'], resumed['settings']
             require(self.epoch < epochs or self.lacks_mAP(), f"checkpoint '{checkpoint}' was already trained for "
                     f'{self.epoch} epochs: set epochs to more than that')
         self.board = None
@@ -270,6 +271,7 @@ class Run:
         require(all(parameter.isfinite().all() for parameter in self.model.parameters()),
                 f'the weights are no longer finite after epoch {line["epoch"]}', **gentler_settings())
         self.epoch = line['epoch']
+        self.settings = current_settings(sys.modules[__name__])  # measuring the mAP alone keeps those of the training
         self.log.append(line)
         if self.is_main:
             self.save(CHECKPOINT_NAME)
@@ -298,8 +300,8 @@ class Run:
 
     def save(self, name):
         path = Path(output_folder, name)
-        save_checkpoint(path, self.epoch, self.model, self.optimizer, self.label_map,
-                        current_settings(sys.modules[__name__]), self.scaler, self.log)
+        save_checkpoint(path, self.epoch, self.model, self.optimizer, self.label_map, self.settings, self.scaler,
+                        self.log)
         if not self.last_saved and not (checkpoint and Path(checkpoint).resolve().parent == path.resolve().parent):
             for old in {BEST_NAME, CHECKPOINT_NAME} - {name}:  # left by the run that this one overwrites
                 Path(output_folder, old).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Forms of boxes, their overlaps, and decimation."""
+"""Forms of boxes and their overlaps."""
 
 import math
 
@@ -8,8 +8,7 @@ from conftest import random_boxes
 from references import iou, offsets
 from torchvision.ops import box_convert, box_iou
 
-from utils import (cxcy_to_gcxgcy, cxcy_to_xy, decimate, find_intersection, find_jaccard_overlap, gcxgcy_to_cxcy,
-                   xy_to_cxcy)
+from utils import cxcy_to_gcxgcy, cxcy_to_xy, find_intersection, find_jaccard_overlap, gcxgcy_to_cxcy, xy_to_cxcy
 
 
 def test_center_size_coordinates_are_the_middle_and_the_sides():
@@ -104,10 +103,3 @@ def test_a_box_that_is_no_number_overlaps_nothing_and_leaves_the_others_alone():
     boxes[1, 2] = math.nan
     expected[1] = expected[:, 1] = 0
     torch.testing.assert_close(find_jaccard_overlap(boxes, boxes), expected)
-
-
-def test_decimation_keeps_every_mth_value_of_each_dimension():
-    tensor = torch.arange(5 * 3 * 7).view(5, 3, 7)
-    assert torch.equal(decimate(tensor, m=(4, None, 3)), tensor[[0, 4]][:, :, [0, 3, 6]])
-    assert torch.equal(decimate(tensor, m=(None, 2, None)), tensor[:, [0, 2]])
-    assert decimate(torch.zeros(4096, 512, 7, 7), m=(4, None, 3, 3)).shape == (1024, 512, 3, 3)

@@ -37,27 +37,21 @@ def save(path, epoch=3):
 
 # ------------------------------------------------------------------------------------------------ what is in it
 
-def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
-    network, optimizer = save(tmp_path / 'checkpoint.pth')
-    loaded = load_checkpoint(tmp_path / 'checkpoint.pth')
+def test_a_checkpoint_comes_back_as_it_was_saved_also_from_a_gpu_and_without_running_code(tmp_path, monkeypatch):
+    path = tmp_path / 'checkpoint.pth'
+    monkeypatch.setattr(torch.serialization, 'location_tag', lambda storage: 'cuda:0')  # as if saved on a GPU
+    network, optimizer = save(path)
+    assert b'cuda:0' in path.read_bytes()
+    loaded = load_checkpoint(path)
+    assert loaded.keys() == torch.load(path, map_location='cpu', weights_only=True).keys()
     assert (loaded['format'], loaded['epoch'], loaded['label_map']) == (3, 3, LABEL_MAP)
     assert loaded['settings'] == current_settings(train)
     assert (loaded['image_mean'], loaded['image_std']) == (network.image_mean, network.image_std)
     assert loaded['clip_boxes'] and torch.equal(loaded['priors_cxcy'], network.priors_cxcy)
     for name, tensor in network.state_dict().items():
-        assert torch.equal(loaded['model'][name], tensor)
+        assert torch.equal(loaded['model'][name], tensor) and loaded['model'][name].device.type == 'cpu'
     for number, state in optimizer.state_dict()['state'].items():
         assert torch.equal(loaded['optimizer']['state'][number]['momentum_buffer'], state['momentum_buffer'])
-
-
-def test_a_checkpoint_saved_on_a_gpu_loads_on_the_cpu_without_running_code(tmp_path, monkeypatch):
-    path = tmp_path / 'checkpoint.pth'
-    monkeypatch.setattr(torch.serialization, 'location_tag', lambda storage: 'cuda:0')  # as if saved on a GPU
-    save(path)
-    assert b'cuda:0' in path.read_bytes()
-    content = torch.load(path, map_location='cpu', weights_only=True)
-    assert content.keys() == load_checkpoint(path).keys()
-    assert {tensor.device.type for tensor in load_checkpoint(path)['model'].values()} == {'cpu'}
 
 
 def test_priors_normalization_and_clipping_travel_with_the_network(model, tmp_path):

@@ -8,7 +8,6 @@ import shutil
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import make_annotation, make_voc, noise, random_boxes
@@ -175,19 +174,17 @@ def test_whatever_is_missing_or_broken_is_named_and_the_old_lists_stay(voc, name
 
 
 @pytest.mark.filterwarnings('error')
-@pytest.mark.parametrize('orientation', range(1, 9))
-def test_boxes_of_a_turned_photo_are_cut_at_the_edges_of_the_upright_one(tmp_path, orientation):
-    size = (48, 64) if orientation >= 5 else (64, 48)
-    voc = make_voc(tmp_path / 'VOC', {'a': make_annotation([('cat', (1, 1, 64, 64), 0)], size)})
+def test_boxes_of_a_turned_photo_are_cut_at_the_edges_of_the_upright_one(tmp_path):
+    voc = make_voc(tmp_path / 'VOC', {'a': make_annotation([('cat', (1, 1, 64, 64), 0)], (48, 64))})
     make_voc(voc, {'b': []}, split='test')
     exif = Image.Exif()
-    exif[0x0112] = orientation
+    exif[0x0112] = 6
     Image.new('RGB', (64, 48)).save(voc / 'JPEGImages' / 'a.jpg', exif=exif)  # as the sensor saw it
     create_data_lists(voc, None, tmp_path / 'lists')
-    assert read_lists(tmp_path / 'lists')['TRAIN_objects'][0]['boxes'] == [[0, 0, size[0] - 1, size[1] - 1]]
-    noise(64, 48).save(tmp_path / 'a.png', exif=exif if orientation > 1 else b'')
+    assert read_lists(tmp_path / 'lists')['TRAIN_objects'][0]['boxes'] == [[0, 0, 47, 63]]
+    noise(64, 48).save(tmp_path / 'a.png', exif=exif)
     (tmp_path / 'a.png').write_bytes((tmp_path / 'a.png').read_bytes()[:-999])  # the header alone is read
-    assert utils.picture_size(tmp_path / 'a.png') == size
+    assert utils.picture_size(tmp_path / 'a.png') == (48, 64)
 
 
 # ------------------------------------------------------------------------------------------ anybody's data
@@ -258,14 +255,6 @@ def test_the_samples_second_folder_does_not_join_other_data(voc, tmp_path, monke
         assert len(read_lists(tmp_path / 'lists')['TRAIN_images']) == n_pictures
 
 
-@pytest.mark.parametrize(('kind', 'highest'), [('uint16', 4095), ('uint16', 65535), ('float32', 1), ('int32', 255)])
-def test_pictures_of_more_than_8_bits_become_gray_values(tmp_path, kind, highest):
-    ramp = np.linspace(0, highest, 256).reshape(16, 16).astype(kind)
-    Image.fromarray(ramp).save(tmp_path / 'deep.jpg', 'TIFF')
-    read = np.asarray(utils.read_image(tmp_path / 'deep.jpg'))[..., 0].flatten()
-    assert np.abs(read - np.arange(256)).max() <= 1
-
-
 # ---------------------------------------------------------------------------------------------- download
 
 def test_a_download_fetches_the_three_parts_of_voc_or_says_in_one_sentence_which_failed(tmp_path, monkeypatch):
@@ -313,7 +302,7 @@ def test_the_table_of_what_priors_can_find_worked_out_on_paper(capsys):
     script.print_coverage(rows)
     said = capsys.readouterr().out
     assert 'cat                        2       100.0%         0.80      50.0%' in said.splitlines()
-    assert 'Fewer than 80 % find a prior: dog.' in said
+    assert 'Fewer than 80% find a prior: dog.' in said
 
 
 def test_the_best_overlaps_of_many_objects_agree_with_the_definition():

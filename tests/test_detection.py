@@ -108,78 +108,44 @@ def detect(boxes, probabilities, min_score=0.01, max_overlap=0.5, top_k=200):
 APART = [[0, 0, 0.25, 0.25], [0.5, 0, 0.75, 0.25], [0, 0.5, 0.25, 0.75]]
 
 
-def test_the_better_of_two_overlapping_boxes_is_kept_if_they_are_of_one_class():
-    boxes = [[0, 0, 0.5, 0.5], [0, 0, 0.5, 0.4]]  # an overlap of 0.8
-    _, labels, scores = detect(boxes, [[0.4, 0.5, 0.1], [0.3, 0.7, 0]], min_score=0.2)
-    assert labels.tolist() == [1]
-    assert scores.tolist() == pytest.approx([0.7])
-    _, labels, scores = detect(boxes, [[0.4, 0.5, 0.1], [0.3, 0, 0.7]], min_score=0.2)
-    assert labels.tolist() == [2, 1]
-    assert scores.tolist() == pytest.approx([0.7, 0.5])
+FOUR_FIFTHS = [[0, 0, 0.5, 0.5], [0, 0, 0.5, 0.4]]  # an overlap of 0.8
+HALF = [[0, 0, 0.5, 0.5], [0, 0, 0.5, 0.25]]  # of exactly 0.5
+CHAIN = [[0, 0, 0.5, 0.5], [0, 0.125, 0.5, 0.625], [0, 0.25, 0.5, 0.75]]  # 0.6 with the next, a third with the last
 
 
-def test_a_suppressed_box_suppresses_no_other():
-    # Each overlaps with the next by 0.6, the first and the third by a third.
-    boxes = [[0, 0, 0.5, 0.5], [0, 0.125, 0.5, 0.625], [0, 0.25, 0.5, 0.75]]
-    _, _, scores = detect(boxes, [[0.1, 0.9], [0.2, 0.8], [0.3, 0.7]])
-    assert scores.tolist() == pytest.approx([0.9, 0.7])
+@pytest.mark.parametrize(('boxes', 'probabilities', 'settings', 'expected'), [
+    # The better of two overlapping boxes is kept if they are of one class.
+    (FOUR_FIFTHS, [[0.4, 0.5, 0.1], [0.3, 0.7, 0]], {'min_score': 0.2}, [(1, 0.7)]),
+    (FOUR_FIFTHS, [[0.4, 0.5, 0.1], [0.3, 0, 0.7]], {'min_score': 0.2}, [(2, 0.7), (1, 0.5)]),
+    # A suppressed box suppresses no other.
+    (CHAIN, [[0.1, 0.9], [0.2, 0.8], [0.3, 0.7]], {}, [(1, 0.9), (1, 0.7)]),
+    # An overlap of exactly max_overlap does not suppress.
+    (HALF, [[0.2, 0.8], [0.4, 0.6]], {'max_overlap': 0.5}, [(1, 0.8), (1, 0.6)]),
+    (HALF, [[0.2, 0.8], [0.4, 0.6]], {'max_overlap': 0.4999}, [(1, 0.8)]),
+    # A score must be greater than min_score. The softmax of equal ones is exactly 0.5.
+    (APART[:1], [[0.5, 0.5]], {'min_score': 0.5}, []), (APART[:1], [[0.5, 0.5]], {'min_score': 0.4999}, [(1, 0.5)]),
+    # A prior can be an object of several classes but never background.
+    (APART[:1], [[0.5, 0.2, 0.3]], {}, [(2, 0.3), (1, 0.2)]), (APART, [[0.99, 0.004, 0.006]] * 3, {}, []),
+    # Of equal boxes with equal scores, one stays.
+    (APART[:1] * 3, [[0.5, 0.5]] * 3, {}, [(1, 0.5)])])
+def test_what_is_kept_worked_out_on_paper(boxes, probabilities, settings, expected):
+    found, labels, scores = detect(boxes, probabilities, **settings)
+    assert len(found) == len(expected)
+    assert list(zip(labels.tolist(), scores.tolist())) == [(label, pytest.approx(score)) for label, score in expected]
 
 
-def test_an_overlap_of_exactly_max_overlap_does_not_suppress():
-    boxes = [[0, 0, 0.5, 0.5], [0, 0, 0.5, 0.25]]  # an overlap of exactly 0.5
-    assert len(detect(boxes, [[0.2, 0.8], [0.4, 0.6]], max_overlap=0.5)[0]) == 2
-    assert len(detect(boxes, [[0.2, 0.8], [0.4, 0.6]], max_overlap=0.4999)[0]) == 1
-
-
-def test_a_score_must_be_greater_than_min_score():
-    boxes, probabilities = APART[:1], [[0.5, 0.5]]  # equal scores: the softmax is exactly 0.5
-    assert len(detect(boxes, probabilities, min_score=0.5)[0]) == 0
-    assert len(detect(boxes, probabilities, min_score=0.4999)[0]) == 1
-
-
-def test_the_best_top_k_are_returned_highest_score_first():
-    probabilities = [[0.5, 0.5], [0.1, 0.9], [0.3, 0.7]]
-    for top_k in (1, 2, 3, 4):
-        boxes, _, scores = detect(APART, probabilities, top_k=top_k)
-        assert scores.tolist() == pytest.approx([0.9, 0.7, 0.5][:top_k])
-        torch.testing.assert_close(boxes, torch.tensor(APART)[[1, 2, 0]][:top_k])
-
-
-def test_objects_of_equal_score_come_in_the_order_of_the_priors():
-    boxes, _, _ = detect(APART, [[0.5, 0.5]] * 3)
-    torch.testing.assert_close(boxes, torch.tensor(APART))
-    boxes, _, _ = detect(APART[::-1], [[0.5, 0.5]] * 3, top_k=2)
-    torch.testing.assert_close(boxes, torch.tensor(APART[::-1][:2]))
-    # Of equal boxes with equal scores, the first one stays.
-    assert len(detect(APART[:1] * 3, [[0.5, 0.5]] * 3)[0]) == 1
-
-
-def test_a_prior_can_be_an_object_of_several_classes_but_never_background():
-    boxes, labels, _ = detect(APART[:1], [[0.5, 0.2, 0.3]])
-    assert labels.tolist() == [2, 1]
-    torch.testing.assert_close(boxes, torch.tensor(APART[:1] * 2))
-    assert len(detect(APART, [[0.99, 0.004, 0.006]] * 3)[0]) == 0
-
-
-def test_an_image_without_objects_gives_empty_tensors():
-    detector, locs, scores = random_case(0, n_images=3)
-    scores[1, :, 0] = 100
-    boxes, labels, found_scores = detector.detect_objects(locs, scores, 0.25, 0.45, 200)
-    assert len(boxes) == len(labels) == len(found_scores) == 3
-    assert boxes[1].shape == (0, 4) and labels[1].shape == found_scores[1].shape == (0,)
-    for i in range(3):
-        assert (boxes[i].dtype, labels[i].dtype, found_scores[i].dtype) == (torch.float, torch.long, torch.float)
-        assert (len(boxes[i]) == 0) == (i == 1)
-
-
-def test_an_image_gives_the_same_objects_alone_and_in_a_batch():
+def test_an_image_gives_the_same_objects_alone_and_in_a_batch_or_empty_tensors():
     detector, locs, scores = random_case(1, n_images=4)
+    scores[1, :, 0] = 100  # nothing but background
     batch = detector.detect_objects(locs, scores, 0.1, 0.45, 20)
     assert all(isinstance(tensors, list) and len(tensors) == 4 for tensors in batch)
+    assert [tensors[1].shape for tensors in batch] == [(0, 4), (0,), (0,)]
     for i in range(4):
         alone = detector.detect_objects(locs[i:i + 1], scores[i:i + 1], 0.1, 0.45, 20)
-        for tensors, (tensor,) in zip(batch, alone, strict=True):
+        assert (len(batch[0][i]) == 0) == (i == 1)
+        for tensors, (tensor,), dtype in zip(batch, alone, (torch.float, torch.long, torch.float), strict=True):
             torch.testing.assert_close(tensors[i], tensor)
+            assert tensor.dtype == dtype
 
 
 @pytest.mark.parametrize('wild', [200, math.nan, math.inf])  # unlimited, 200 would be exp(40) times as large

@@ -39,10 +39,6 @@ def report(detections, objects, report_threshold=0.5):
     return evaluation.make_report(ranked, report_threshold)['classes']['class 1']
 
 
-def ap(detections, objects):
-    return report(detections, objects)['AP']
-
-
 # ---------------------------------------------------------------------------------------- cases on paper
 
 @pytest.mark.parametrize(('outcomes', 'n_objects', 'eleven'), [
@@ -62,48 +58,24 @@ def test_eleven_points_worked_out_on_paper(outcomes, n_objects, eleven):
     free = iter(objects)
     detections = [(next(free)[0] if outcome == 'T' else [0, 50, 10, 60], 0.9 - i / 100)
                   for i, outcome in enumerate(outcomes)]
-    assert ap(detections, objects) == pytest.approx(sum(eleven) / 11)
+    assert report(detections, objects)['AP'] == pytest.approx(sum(eleven) / 11)
 
 
-def test_of_several_detections_of_an_object_the_best_scored_alone_is_true_however_little_it_overlaps():
-    detections = [(FAIR, 0.9), (OBJECT, 0.8), (MISS, 0.7)]
-    assert ap(detections, [(OBJECT, 0), (MISS, 0)]) == pytest.approx((6 + 5 * 2 / 3) / 11)
-    assert ap(detections[:2], [(OBJECT, 0)]) == 1
-
-
-def test_an_overlap_of_exactly_a_half_finds_nothing():
-    assert ap([(HALF, 0.9)], [(OBJECT, 0)]) == 0
-    assert ap([([0, 0, 10, 5.001], 0.9)], [(OBJECT, 0)]) == 1
-
-
-def test_a_detection_finds_only_the_object_that_it_overlaps_most():
-    # The second detection overlaps with both objects by more than a half, most with the one already found.
-    objects = [([0, 0, 10, 10], 0), ([0, 1, 10, 11], 0)]
-    assert ap([([0, 0, 10, 10], 0.9), ([0, 0, 10, 10], 0.8)], objects) == pytest.approx(6 / 11)
-
-
-def test_an_object_of_another_class_is_not_found():
-    precisions, mean = calculate_mAP(*arguments([[(OBJECT, 2, 0.9)]], [[(OBJECT, 1, 0), (MISS, 2, 0)]], n_classes=2))
-    assert precisions == {'class 1': 0, 'class 2': 0} and mean == 0
-    # Nor does it hide one of the right class that overlaps less.
-    case = arguments([[(OBJECT, 2, 0.9)]], [[(OBJECT, 1, 0), (FAIR, 2, 0)]], n_classes=2)
-    assert calculate_mAP(*case)[0] == {'class 1': 0, 'class 2': 1}
-
-
-def test_a_detection_of_a_difficult_object_counts_neither_way():
-    easy, difficult = (OBJECT, 0), (MISS, 1)
-    # However many there are of it, and though it has the better score.
-    assert ap([(MISS, 0.9), (MISS, 0.85), (OBJECT, 0.8)], [easy, difficult]) == 1
-    assert ap([(OBJECT, 0.8)], [easy, difficult]) == 1  # nor is a difficult object missed
-    assert ap([(MISS, 0.9), (OBJECT, 0.8)], [easy]) == pytest.approx(1 / 2)  # as a false detection would cost
-
-
-def test_detections_of_all_images_are_ranked_together():
-    objects = [[(OBJECT, 1, 0)]] * 2
-    assert calculate_mAP(*arguments([[(OBJECT, 1, 0.3), (MISS, 1, 0.2)], [(OBJECT, 1, 0.9)]], objects))[1] == 1
-    assert calculate_mAP(*arguments([[(OBJECT, 1, 0.9)], []], [[], [(OBJECT, 1, 0)]]))[1] == 0  # it is in another image
-    _, mean = calculate_mAP(*arguments([[(OBJECT, 1, 0.3), (MISS, 1, 0.5)], [(OBJECT, 1, 0.9)]], objects))
-    assert mean == pytest.approx((6 + 5 * 2 / 3) / 11)
+@pytest.mark.parametrize(('detections', 'objects', 'expected'), [
+    # Of several detections of an object the best scored alone is true, however little it overlaps.
+    ([(FAIR, 0.9), (OBJECT, 0.8), (MISS, 0.7)], [(OBJECT, 0), (MISS, 0)], (6 + 5 * 2 / 3) / 11),
+    ([(FAIR, 0.9), (OBJECT, 0.8)], [(OBJECT, 0)], 1),
+    # An overlap of exactly a half finds nothing.
+    ([(HALF, 0.9)], [(OBJECT, 0)], 0), ([([0, 0, 10, 5.001], 0.9)], [(OBJECT, 0)], 1),
+    # The second one overlaps with both objects by more than a half, most with the one already found.
+    ([(OBJECT, 0.9), (OBJECT, 0.8)], [(OBJECT, 0), ([0, 1, 10, 11], 0)], 6 / 11),
+    # Detections of a difficult object count neither way, however many there are, though they have the better score.
+    ([(MISS, 0.9), (MISS, 0.85), (OBJECT, 0.8)], [(OBJECT, 0), (MISS, 1)], 1),
+    ([(OBJECT, 0.8)], [(OBJECT, 0), (MISS, 1)], 1),  # nor is it missed
+    ([(MISS, 0.9), (OBJECT, 0.8)], [(OBJECT, 0)], 1 / 2),  # as a false detection would cost
+])
+def test_true_and_false_detections_of_a_class_worked_out_on_paper(detections, objects, expected):
+    assert report(detections, objects)['AP'] == pytest.approx(expected)
 
 
 def test_a_class_without_objects_is_nan_named_in_a_warning_and_left_out_of_the_mean():
@@ -128,17 +100,6 @@ def test_the_report_shows_what_was_worked_out_on_paper():
     assert row['AP_area'] == row['AP_50_95'] == pytest.approx((1 + 3 / 4 + 3 / 4) / 4)
     # Recall 0, 0.1, 0.2: precision 1; 0.3 to 0.7: 3/4; 0.8 to 1: never reached.
     assert row['AP'] == pytest.approx((3 * 1 + 5 * 3 / 4) / 11)
-
-
-@pytest.mark.parametrize(('detections', 'objects', 'areas'), [
-    ([(FAIR, 0.9)], [(OBJECT, 0)], [1] * 2 + [0] * 8),  # an overlap of 0.6 is more than 0.5 and 0.55
-    # From 0.6 on, the first detection is false, and so the second one isn't a second one of the object any more.
-    ([(FAIR, 0.9), (OBJECT, 0.8)], [(OBJECT, 0)], [1] * 2 + [1 / 2] * 8),
-    # Nor does it find a difficult object any more, which would excuse it.
-    ([(FAIR, 0.9), (MISS, 0.8)], [(OBJECT, 1), (MISS, 0)], [1] * 2 + [1 / 2] * 8),
-])
-def test_ap_50_95_is_the_mean_area_for_ten_overlaps(detections, objects, areas):
-    assert report(detections, objects)['AP_50_95'] == pytest.approx(sum(areas) / 10)
 
 
 def test_a_class_without_detections_has_no_precision_and_its_report_is_json():
@@ -266,26 +227,51 @@ def test_two_processes_write_the_very_files_of_one(lists, untrained_checkpoint, 
     assert sum(len(read_results(tmp_path / 'two' / 'results', label)) for label in voc_labels) == 5 * 200
 
 
-@pytest.mark.filterwarnings('ignore:no objects to be found')
-@pytest.mark.parametrize('training', [True, False])
-def test_evaluate_leaves_mode_and_random_numbers_as_they_were(dataset, training):
-    def forward(images):
-        assert not network.training and not torch.is_grad_enabled()
+class Oracle(torch.nn.Module):
+    """Stands for an SSD300 that finds the very objects of a dataset, difficult ones included."""
+    image_mean, image_std = [9.0] * 3, [1.0] * 3
+
+    def __init__(self, dataset):
+        super().__init__()
+        self.register_buffer('priors_cxcy', torch.zeros(8732, 4))
+        self.truth = (dataset[i] for i in range(len(dataset)))
+
+    def forward(self, images):
+        assert not self.training and not torch.is_grad_enabled()
+        self.highest = images.max()
         return images, images
 
-    truth = (dataset[i] for i in range(len(dataset)))  # what the network finds
-
-    def detect_objects(images, *_):
-        _, boxes, labels, _ = zip(*(next(truth) for _ in images))
+    def detect_objects(self, images, _, *settings):
+        self.settings = settings
+        _, boxes, labels, _ = zip(*(next(self.truth) for _ in images))
         return boxes, labels, [torch.full((len(image_labels),), 0.9) for image_labels in labels]
 
-    network = torch.nn.Module().train(training)
-    network.register_buffer('priors_cxcy', torch.zeros(8732, 4))
-    network.forward, network.detect_objects = forward, detect_objects
-    before = torch.get_rng_state(), random.getstate()
-    precisions, mean = evaluation.evaluate(evaluation.make_test_loader(dataset, 2, workers=1), network)
-    assert precisions['cat'] == precisions['dog'] == mean == 1 and network.training == training
-    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+
+@pytest.mark.filterwarnings('ignore:no objects to be found')
+def test_evaluate_leaves_mode_and_random_numbers_as_they_were(dataset):
+    for training in (True, False):
+        network = Oracle(dataset).train(training)
+        before = torch.get_rng_state(), random.getstate()
+        precisions, mean = evaluation.evaluate(evaluation.make_test_loader(dataset, 2, workers=1), network)
+        assert precisions['cat'] == precisions['dog'] == mean == 1 and network.training == training
+        assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+
+
+@pytest.mark.filterwarnings('ignore:no objects to be found')
+def test_eval_py_keeps_to_vocs_rules_and_to_the_normalization_of_the_network(dataset, lists, tmp_path, monkeypatch):
+    network = Oracle(dataset)
+    monkeypatch.setattr(evaluation, 'load_model', lambda _: (network, dataset.label_map))
+    for name, value in {'data_folder': lists, 'output_folder': tmp_path, 'workers': 0, 'batch_size': 2}.items():
+        monkeypatch.setattr(evaluation, name, value)
+    monkeypatch.setattr(evaluation, 'draw_plots', lambda path, plots: curves.update(plots))
+    curves = {}
+    evaluation.main()
+    assert {'cat 100.0%', 'dog 100.0%'} < curves.keys() and len(curves) == 20
+    assert network.settings == (0.01, 0.45, 200)  # lowest score, largest overlap, number of detections
+    assert network.highest <= -8  # mean 9
+    report = json.loads((tmp_path / 'report.json').read_text())
+    assert report['mAP'] == 1 and report['images'] == 5  # finding a difficult object is no error
+    assert sum(row['objects'] for row in report['classes'].values()) < sum(map(len, make_objects().values()))
 
 
 @pytest.mark.filterwarnings('ignore:no objects to be found')

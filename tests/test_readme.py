@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from benchmark import STAGES, goal_text
 from conftest import ROOT
 from PIL import Image, ImageChops
 from torch.utils.flop_counter import FlopCounterMode
@@ -259,18 +258,6 @@ def test_the_numbers_in_the_text_are_computed_by_the_code(model):
             field, jump = field + jump, jump * 2
     field += 2 * jump
     assert f'{field} pixels wide, {field / 300:.2f} of the image' in README
-
-
-def test_the_table_of_measurements_has_the_benchmarks_stages_and_goals():
-    rows = [[cell.strip(' *') for cell in line.strip('|').split('|')]
-            for line in TESTS_README.split('| stage / yardstick')[1].split('\n\n')[0].splitlines()[2:]]
-    assert [(name, goal) for name, _, goal in rows] == [
-        (name, goal_text(goal, higher)) for name, (_, goal, higher) in STAGES.items()]
-    for name, *ratios, _ in rows:  # bold is what misses its goal
-        _, goal, higher = STAGES[name]
-        sign = -1 if higher else 1
-        missed = goal is not None and any(sign * float(ratio) > sign * goal for ratio in ratios)
-        assert missed == (f'| {name} | **' in TESTS_README)
 
 
 def test_the_healthy_run_is_the_published_log():

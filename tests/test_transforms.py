@@ -176,15 +176,6 @@ def test_around_a_zoomed_out_picture_is_exactly_the_mean_color(value, monkeypatc
     assert (*first, *last) == pytest.approx(expected, abs=0.51)
 
 
-def test_mirrored_boxes_follow_inclusive_pixels(monkeypatch, no_crop):
-    monkeypatch.setattr(utils, 'photometric_distort', lambda image: None)
-    case = (noise(50, 20), torch.tensor([[0.0, 3, 10, 7], [45, 0, 49, 19]]), torch.ones(2), torch.zeros(2))
-    monkeypatch.setattr(random, 'random', iter([1, 0]).__next__)  # don't zoom out, do mirror
-    _, boxes, *_ = transform(*case, 'TRAIN')
-    expected = torch.tensor([[39.0, 3, 49, 7], [0, 0, 4, 19]])  # width − 1 − x
-    torch.testing.assert_close(boxes, expected / torch.tensor([50, 20, 50, 20]))
-
-
 def test_half_of_the_pictures_are_mirrored_and_half_zoomed_out_independently(monkeypatch, no_crop):
     seen = []
     monkeypatch.setattr(utils, 'render_window', lambda image, window, mirror, distort, **_: seen.append(
