@@ -13,9 +13,9 @@ from utils import IMAGENET_MEAN, IMAGENET_STD, InputError, read_image, require, 
 class PascalVOCDataset(Dataset):
     """The pictures of one split with their objects.
 
-    An item is (image, boxes, labels, difficulties): a normalized image (3, 300, 300), boxes in fractional
-    boundary coordinates (n, 4), labels long (n), difficulties bool (n). A picture without objects has n = 0.
-    An item raises InputError if its picture can't be read or can't contain its objects.
+    An item is (image, boxes, labels, difficulties): a normalized image (3, 300, 300), boxes in fractional boundary
+    coordinates (n, 4), labels long (n), difficulties bool (n). A picture without objects has n = 0. Getting an item
+    raises InputError if its picture can't be read or can't contain its objects.
     """
 
     def __init__(self, data_folder, split, keep_difficult=False, augment=None, seed=None):
@@ -23,9 +23,9 @@ class PascalVOCDataset(Dataset):
         :param data_folder: folder with the data lists
         :param split: 'TRAIN' or 'TEST'
         :param keep_difficult: whether to keep objects marked as difficult
-        :param augment: whether to change pictures at random; None: for the training split only
-        :param seed: makes the changes repeatable: they depend on the seed, the epoch (see `set_epoch`) and the
-            picture's number alone; None: they differ each time
+        :param augment: whether to change pictures at random; None: only those of the training split
+        :param seed: makes the changes repeatable: they depend only on the seed, the epoch (see `set_epoch`) and the
+            picture's number; None: they differ each time
 
         Raises InputError if the data lists are missing or don't belong together.
         """
@@ -34,8 +34,7 @@ class PascalVOCDataset(Dataset):
         self.keep_difficult, self.seed = keep_difficult, seed
         self.augment = self.split == 'TRAIN' if augment is None else augment
         self.image_mean, self.image_std = IMAGENET_MEAN, IMAGENET_STD
-        # In shared memory: workers that are running see the number change.
-        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # so running workers see the number change
 
         self.paths = read_list(data_folder, f'{self.split}_images.json', list)
         self.objects = read_list(data_folder, f'{self.split}_objects.json', list)
@@ -57,8 +56,8 @@ class PascalVOCDataset(Dataset):
 
     def __getitem__(self, i):
         if self.augment and self.seed is not None:
-            # The changes must not depend on which worker reads the picture, nor on what it read before. A string,
-            # not a sum: 1 + 0 would give the second epoch of one seed the changes of another seed's first.
+            # The changes must not depend on which worker reads the picture, nor on what it read before. A string, not
+            # a sum: with 0 + 1 = 1 + 0, the second epoch of seed 0 would repeat the changes of the first of seed 1.
             random.seed(f'{self.seed} {self.epoch.item()} {i}')
             torch.default_generator.manual_seed(random.getrandbits(63))
         image = read_image(self.paths[i])
@@ -80,29 +79,29 @@ class PascalVOCDataset(Dataset):
         """Make a batch of N items.
 
         :return: images (N, 3, 300, 300); the boxes (all, 4), labels (all) and difficulties (all) of all images, one
-            image's after the other's; how many objects each image has, a list of N numbers. `boxes.split(n_objects)`
+            image after the other; the number of objects in each image, a list of N numbers. `boxes.split(n_objects)`
             is the list of each image's boxes.
 
-        Images differ in how many objects they have, so boxes can't be stacked. A list of N tensors would do as well,
-        but each tensor from a worker costs an open file: four are cheap, 3 · N + 1 run into a shell's limit.
+        Boxes can't be stacked, since images differ in the number of their objects. Lists of N tensors would do as well,
+        but each tensor from a worker costs an open file: four are cheap, 3 · N + 1 exceed a shell's limit.
         """
         images, boxes, labels, difficulties = zip(*batch)
         n_objects = [len(image_labels) for image_labels in labels]
-        # default_collate stacks right in the memory that a worker shares; torch.stack would cost a copy more.
+        # default_collate stacks right in a worker's shared memory; torch.stack would need another copy.
         return default_collate(images), torch.cat(boxes), torch.cat(labels), torch.cat(difficulties), n_objects
 
 
 def read_list(data_folder, name, kind):
-    """Return the content of one of the JSON files, a list or a dict. Raises InputError if it is missing or damaged."""
+    """Return the content of a JSON file, a list or a dict. Raises InputError if it is missing or damaged."""
     path = Path(data_folder) / name
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
         if not isinstance(content, kind) or not content:
-            raise ValueError(f'it must hold a {kind.__name__} that isn\'t empty')
+            raise ValueError(f"it must hold a {kind.__name__} that isn't empty")
         return content
     except FileNotFoundError:
-        raise InputError(f"data list '{path}' isn't there: run create_data_lists.py first, or set data_folder to the "
-                         'folder that it wrote') from None
+        raise InputError(f"data list '{path}' isn't there: run create_data_lists.py first, or set data_folder to its "
+                         'output_folder') from None
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"data list '{path}' can't be read ({error}): make it again with create_data_lists.py") from None
+        raise InputError(f"data list '{path}' can't be read ({error}): make it again with create_data_lists.py"
+                         ) from None

@@ -1,11 +1,11 @@
 """Find the objects in pictures.
 
-    python detect.py                                            # a picture of the sample
-    python detect.py --image photo.jpg --min_score 0.4          # your own picture
-    python detect.py --image holiday/ cat.png --save_json       # all pictures of a folder, and another one
+    python detect.py                                         # a picture of the sample
+    python detect.py --image photo.jpg --min_score 0.4       # your own picture
+    python detect.py --image holiday/ cat.png --save_json    # all pictures in a folder, and another one
 
-Prints a line per object with its label, score and box in pixels, and saves a copy of each picture with the objects
-drawn in. A single picture is shown, too, if there is a screen.
+Prints a line per object with its label, score and box in pixels. Saves a copy of each picture with the objects drawn.
+Shows a single picture if there is a screen.
 """
 
 import functools
@@ -25,17 +25,17 @@ from utils import (PICTURE_SUFFIXES, InputError, autocast, choose_device, choose
 
 # Settings: each annotated constant is also a command-line flag of its name, which changes it for one run.
 
-checkpoint: str = 'checkpoint_ssd300.pth'  # weights of train.py or others; 'coco': torchvision's of COCO
+checkpoint: str = 'checkpoint_ssd300.pth'  # the trained network: a file of train.py or others; 'coco': torchvision's
 image: list[str] = ['img/emoji_voc/VOC2007/JPEGImages/000009.jpg']  # pictures of any format, or folders of pictures
-min_score: float = 0.2  # only objects with a greater score; lower finds more, and more that isn't there
-max_overlap: float = 0.5  # boxes of a class that overlap by more are one object; higher leaves more duplicates
+min_score: float = 0.2  # objects must have a higher score; a lower limit finds more, also more that isn't there
+max_overlap: float = 0.5  # boxes of one class that overlap by more are one object; higher leaves more duplicates
 top_k: int = 200  # at most this many objects per picture, the best ones
-suppress: list[str] | None = None  # classes to leave out; None: all are shown
-output: str = 'detections'  # folder for the annotated copies; for one picture, also a file's name: .jpg, .png, …
-save_json: bool = False  # write the objects of all pictures to detections.json, beside the copies
-device: str = 'auto'  # CUDA if there is one, else the CPU; or any device of PyTorch's, like 'mps'
-precision: str = 'float32'  # 'bfloat16' or 'float16' for hardware that computes in it; 'auto': the best that it has
-font: str | None = None  # TrueType file for labels, like DejaVuSans.ttf; None: Pillow's own, of English letters
+suppress: list[str] | None = None  # classes to leave out; None: show all
+output: str = 'detections'  # folder for the annotated copies; for one picture, also a file name: .jpg, .png, …
+save_json: bool = False  # also write the objects of all pictures to detections.json, beside the copies
+device: str = 'auto'  # 'auto': CUDA if there is a GPU, else the CPU; or any PyTorch device, like 'cuda:1'
+precision: str = 'float32'  # TF32 on GPUs since Ampere; 'bfloat16', 'float16'; 'auto': the best the device supports
+font: str | None = None  # TrueType file for labels, like DejaVuSans.ttf; None: Pillow's own, for English
 
 
 def main():
@@ -59,7 +59,7 @@ def main():
         except InputError as error:
             if len(paths) == 1:
                 raise
-            tqdm.write(f'Error: {error}', file=sys.stderr)  # and on with the next one
+            tqdm.write(f'Error: {error}', file=sys.stderr)  # and continue with the next one
             continue
         found[str(path)] = [{'label': label, 'score': score, 'box': box} for label, score, box in objects]
         lines += [f'{label:<15} {score:.3f}  ({", ".join(f"{side:.0f}" for side in box)})\n'
@@ -69,14 +69,14 @@ def main():
     if save_json and found:
         with replaced_file(outputs[0].parent / 'detections.json') as file:
             file.write(json.dumps(found, indent=2).encode())
-    sys.stdout.writelines(lines)  # all is saved by now: nobody need read on, as `| head` doesn't
+    sys.stdout.writelines(lines)  # last: everything is saved even if `| head` stops reading
     if len(paths) == 1:
         show(annotated)
     require(len(found) == len(paths), f'{len(paths) - len(found)} of {len(paths)} pictures failed')
 
 
 def detect(original_image, min_score, max_overlap, top_k, suppress=None, detector=None):
-    """Draw the objects that a network finds into a copy of a picture.
+    """Draw the objects that a network finds in a picture on a copy of it.
 
     :param original_image: PIL image; it stays as it is
     :param min_score, max_overlap, top_k, suppress: like the settings above
@@ -90,8 +90,8 @@ def detect(original_image, min_score, max_overlap, top_k, suppress=None, detecto
 
 @torch.no_grad()
 def find_objects(original_image, min_score, max_overlap, top_k, suppress=None, detector=None):
-    """Return the objects in a picture: a list of (label, score, (x_min, y_min, x_max, y_max) in the upright picture's
-    pixels), by falling score. The arguments are those of `detect`."""
+    """Return the objects in a picture, highest score first: a list of (label, score, (x_min, y_min, x_max, y_max)),
+    boxes in the upright picture's pixels. The arguments are those of `detect`."""
     model, label_map = detector or load_detector(checkpoint)
     names = {index: label for label, index in label_map.items()}
     picture = upright_rgb(original_image)
@@ -100,15 +100,15 @@ def find_objects(original_image, min_score, max_overlap, top_k, suppress=None, d
     predicted_locs, predicted_scores = model(images)  # (1, 8732, 4), (1, 8732, n_classes)
     (boxes,), (labels,), (scores,) = model.detect_objects(  # (n, 4), (n), (n)
         predicted_locs, predicted_scores, min_score, max_overlap, top_k)
-    boxes = boxes.cpu().clamp(0, 1)  # (n, 4): an object may reach beyond the picture, but what we see ends there
+    boxes = boxes.cpu().clamp(0, 1)  # (n, 4): objects may reach beyond the picture, boxes end there
     boxes = boxes * torch.tensor([picture.width, picture.height] * 2)  # (n, 4): fractions become pixels
     return [(names[i], score, tuple(box)) for i, score, box in zip(labels.tolist(), scores.tolist(), boxes.tolist())
-            if names[i] not in (suppress or ()) and box[0] < box[2] and box[1] < box[3]]  # else wholly outside
+            if names[i] not in (suppress or ()) and box[0] < box[2] and box[1] < box[3]]  # else it is outside
 
 
 @functools.lru_cache(maxsize=1)
 def load_detector(checkpoint, device=None, dtype=torch.float32):
-    """Return the network of a checkpoint, on the GPU if there is one, and its label map; loaded once."""
+    """Return the network of a checkpoint, on a GPU if there is one, and its label map; loads them once."""
     model, label_map = load_model(checkpoint)
     place_network(model, device or choose_device('auto'), dtype)
     return model, label_map
@@ -118,16 +118,16 @@ def draw_objects(original_image, objects, colors, font=None):
     """Return a copy of a picture with a frame around each object, and its label and score above the frame."""
     annotated = upright_rgb(original_image)
     width, height = annotated.size
-    line = max(2, round(min(width, height) / 150))  # pixels: to be seen in a picture of any size
+    line = max(2, round(min(width, height) / 150))  # pixels: visible in a picture of any size
     size = max(12, round(min(width, height) / 25))
     try:
         letters = ImageFont.truetype(font, size) if font else ImageFont.load_default(size)
     except OSError as error:
-        raise InputError(f"font '{font}' can't be read ({error}): name a TrueType file") from None
-    no_letter = bytes(letters.getmask('\uffff'))  # what is drawn in place of a letter that the font lacks
+        raise InputError(f"font '{font}' can't be read ({error}): choose a TrueType file") from None
+    no_letter = bytes(letters.getmask('\uffff'))  # what is drawn in place of letters that the font lacks
     draw = ImageDraw.Draw(annotated)
-    for label, score, (x_min, y_min, x_max, y_max) in reversed(objects):  # the most confident last, on top
-        # The last column and row are width − 1 and height − 1: a frame there is drawn whole.
+    for label, score, (x_min, y_min, x_max, y_max) in reversed(objects):  # the best last, on top
+        # The last column and row are width − 1 and height − 1: frames at the edges stay inside.
         corners = min(x_min, width - 1), min(y_min, height - 1), min(x_max, width - 1), min(y_max, height - 1)
         draw.rectangle(corners, outline=colors[label], width=line)
         text = f'{label} {score:.2f}'
@@ -135,7 +135,7 @@ def draw_objects(original_image, objects, colors, font=None):
             warnings.warn(f"the font lacks letters of '{label}': set font to a TrueType file that has them")
         left, top, right, bottom = draw.textbbox((0, 0), text, font=letters)
         text_width, text_height = right - left + 2 * line, bottom - top + 2 * line
-        # Above the frame, or inside it if there is no room; never outside of the picture.
+        # Above the frame, or inside it if there is no room above; never outside the picture.
         x = max(0, min(x_min, width - text_width))
         y = max(0, y_min - text_height if y_min >= text_height else min(y_min, height - text_height))
         draw.rectangle((x, y, x + text_width - 1, y + text_height - 1), fill=colors[label])
@@ -149,13 +149,13 @@ def readable_on(color):
 
 
 def find_pictures(names) -> list[Path]:
-    """Return the pictures named, and in place of a folder all pictures in it, by name."""
-    require(names, 'no picture is named: set image')
+    """Return the paths of the named pictures and, for a folder, of all pictures in it, sorted by name."""
+    require(names, 'no picture is given: set image')
     paths = []
     for path in map(Path, names):
         files = path.iterdir() if path.is_dir() else [path]
         inside = sorted(file for file in files if file == path or file.suffix.lower() in PICTURE_SUFFIXES)
-        require(inside, f"the folder '{path}' has no picture: name another one")
+        require(inside, f"the folder '{path}' has no picture: choose another one")
         paths += inside
     return paths
 
@@ -166,7 +166,7 @@ def output_paths(paths) -> list[Path]:
     is_file = Path(output).suffix.lower() in formats
     require(len(paths) == 1 or not is_file, f"output must be a folder for {len(paths)} pictures, not '{output}'")
     outputs = [Path(output) if is_file else Path(output, path.name) for path in paths]
-    # A format that is unknown, or that Pillow can read but not write, becomes JPEG.
+    # Formats that are unknown, or that Pillow can read but not write, become JPEG.
     outputs = [path if formats.get(path.suffix.lower()) in Image.SAVE else path.with_suffix('.jpg')
                for path in outputs]
     require(len(set(outputs)) == len(outputs),
@@ -181,13 +181,13 @@ def save_image(image, path):
     make_folder(path.parent)
     try:
         image.save(path)
-    except Exception as error:  # every format has limits and exceptions of its own: WebP takes 16,383 pixels
+    except Exception as error:  # every format has its own limits and errors: WebP takes 16,383 pixels
         raise InputError(f"can't save the picture as '{path}' ({error}): choose another output, like one that ends "
                          'in .png') from None
 
 
 def show(image):
-    """Show a picture where there is a screen. Detection has done its work by then: nothing may fail here."""
+    """Show a picture if there is a screen. The results are saved by then, so nothing may fail here."""
     if sys.platform in ('darwin', 'win32') or os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY'):
         try:
             image.show()

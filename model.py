@@ -1,7 +1,7 @@
 """SSD300 (Liu et al., "SSD: Single Shot MultiBox Detector", arXiv 1512.02325).
 
 In reading order: the network, its loss, the suppression of duplicate detections, weights from elsewhere.
-Shapes in the comments: N images in a batch, 8732 priors, n_classes including the background, which is class 0.
+Shapes in comments: N images in a batch, 8732 priors, n_classes including the background, which is class 0.
 """
 
 from math import sqrt
@@ -21,7 +21,7 @@ from utils import (IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, InputError, cxcy_to_
 # ------------------------------------------------------------------------------------------ network
 
 class FeatureMap(NamedTuple):
-    name: str  # the convolution whose output it is
+    name: str  # of the convolution whose output it is
     channels: int
     grid: int  # positions per side
     scale: float  # side of a square prior, as a fraction of the image's side
@@ -29,10 +29,10 @@ class FeatureMap(NamedTuple):
 
     @property
     def n_priors(self) -> int:
-        return len(self.ratios) + 1  # at each position: one per ratio, and the extra one
+        return len(self.ratios) + 1  # at each position: one per ratio, and an extra one
 
 
-# The six maps of the paper (section 2.2). This one table makes both the priors and the prediction convolutions, so
+# The six maps of the paper (section 2.2). Both the priors and the prediction convolutions are made from this table, so
 # that the i-th prediction belongs to the i-th prior. The original tutorial's weights were trained with 0.333, not 1/3.
 FEATURE_MAPS = (
     FeatureMap('conv4_3', 512, 38, 0.1, (1, 2, 0.5)),
@@ -63,19 +63,19 @@ class VGGBase(nn.Module):
         self.conv5_2 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
         self.conv5_3 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
 
-        # fc6 and fc7 as convolutions. conv6 keeps 3×3 of fc6's 7×7 values, 3 apart. pool5 no longer halves the
-        # map, so everything is twice as far apart as before: the dilation is 3 · 2.
+        # fc6 and fc7 as convolutions. conv6 keeps 3×3 of fc6's 7×7 values, 3 apart. pool5 no longer halves the map, so
+        # everything is twice as far apart as before: the dilation is 3 · 2.
         self.conv6 = nn.Conv2d(512, 1024, kernel_size=3, padding=6, dilation=6)
         self.conv7 = nn.Conv2d(1024, 1024, kernel_size=1)
 
-        # For training without load_pretrained_layers(): a signal survives fifteen layers without normalization
-        # only if the weights preserve its variance (He initialization).
+        # For training without load_pretrained_layers(): without normalization, a signal survives fifteen layers only
+        # if the weights preserve its variance (He initialization).
         for conv in self.children():
             nn.init.kaiming_normal_(conv.weight, nonlinearity='relu')
             nn.init.zeros_(conv.bias)
 
     def forward(self, images):
-        """images (N, 3, 300, 300) → feature maps conv4_3 (N, 512, 38, 38), conv7 (N, 1024, 19, 19)"""
+        """Map images (N, 3, 300, 300) to feature maps: conv4_3 (N, 512, 38, 38), conv7 (N, 1024, 19, 19)."""
         out = F.relu(self.conv1_1(images))  # (N, 64, 300, 300)
         out = F.relu(self.conv1_2(out))  # (N, 64, 300, 300)
         out = F.max_pool2d(out, kernel_size=2)  # (N, 64, 150, 150)
@@ -99,8 +99,8 @@ class VGGBase(nn.Module):
         return conv4_3, conv7
 
     def load_pretrained_layers(self):
-        """Load torchvision's VGG-16, trained on ImageNet (downloads 528 MB, once). fc6 and fc7 become convolutions,
-        decimated to the size of conv6 and conv7. Raises InputError if the download fails."""
+        """Load torchvision's VGG-16, trained on ImageNet (528 MB, downloaded once). fc6 and fc7 become convolutions and
+        are decimated to the size of conv6 and conv7. Raises InputError if the download fails."""
         vgg16 = download_weights(VGG16_Weights.IMAGENET1K_V1, 'train with --no-pretrained')
         features = [tensor for name, tensor in vgg16.items() if name.startswith('features.')]
         weights = dict(zip(self.state_dict(), features))  # conv1_1 … conv5_3, in the same order there and here
@@ -113,7 +113,7 @@ class VGGBase(nn.Module):
         self.load_state_dict(weights)
 
     def freeze_blocks(self, n_blocks):
-        """Keep the first blocks (conv1_*, conv2_*, …) as they are: a training step then takes less time and memory."""
+        """Fix the weights of the first blocks (conv1_*, conv2_*, …). Training then takes less time and memory."""
         for name, parameter in self.named_parameters():
             if int(name[len('conv')]) <= n_blocks:
                 parameter.requires_grad_(False)
@@ -135,7 +135,7 @@ class AuxiliaryConvolutions(nn.Module):
         init_xavier(self)
 
     def forward(self, conv7):
-        """conv7 (N, 1024, 19, 19) → feature maps conv8_2, conv9_2, conv10_2, conv11_2, of the sizes below"""
+        """Map conv7 (N, 1024, 19, 19) to the feature maps conv8_2, conv9_2, conv10_2, conv11_2, of the sizes below."""
         out = F.relu(self.conv8_1(conv7))  # (N, 256, 19, 19)
         conv8_2 = F.relu(self.conv8_2(out))  # (N, 512, 10, 10)
         out = F.relu(self.conv9_1(conv8_2))  # (N, 128, 10, 10)
@@ -148,8 +148,8 @@ class AuxiliaryConvolutions(nn.Module):
 
 
 class PredictionConvolutions(nn.Module):
-    """Two 3×3 convolutions per feature map. For each prior at each position, one predicts the offsets of an
-    object's box from the prior, the other one the scores of the classes."""
+    """Two 3×3 convolutions per feature map. For each prior at each position, one predicts the offsets of an object's
+    box from the prior, the other one the scores of the classes."""
 
     def __init__(self, n_classes):
         super().__init__()
@@ -161,13 +161,13 @@ class PredictionConvolutions(nn.Module):
         init_xavier(self)
 
     def forward(self, *features):
-        """The six feature maps in FEATURE_MAPS' order → locs (N, 8732, 4), scores (N, 8732, n_classes)"""
+        """Map the six feature maps, in FEATURE_MAPS' order, to locs (N, 8732, 4), scores (N, 8732, n_classes)."""
         locs, scores = [], []
         for feature_map, feature in zip(FEATURE_MAPS, features, strict=True):
             loc = getattr(self, f'loc_{feature_map.name}')(feature)  # (N, n_priors · 4, grid, grid)
             score = getattr(self, f'cl_{feature_map.name}')(feature)  # (N, n_priors · n_classes, grid, grid)
-            # Channels last, so that reshaping walks row by row, position by position, prior by prior:
-            # the order in which create_prior_boxes() makes the priors.
+            # With channels last, reshaping goes row by row, position by position, prior by prior: the order in which
+            # create_prior_boxes() makes the priors.
             loc = loc.permute(0, 2, 3, 1)  # (N, grid, grid, n_priors · 4)
             score = score.permute(0, 2, 3, 1)  # (N, grid, grid, n_priors · n_classes)
             n_rows = feature_map.grid ** 2 * feature_map.n_priors
@@ -186,7 +186,7 @@ def init_xavier(module):
 class SSD300(nn.Module):
     """The whole network: base, auxiliary and prediction convolutions."""
 
-    # How images are normalized, and whether boxes are clipped at the edges. Weights from elsewhere bring their own.
+    # How images are normalized, and whether boxes are clipped at the edges. Weights from elsewhere have their own.
     image_mean = IMAGENET_MEAN
     image_std = IMAGENET_STD
     clip_boxes = False
@@ -198,14 +198,14 @@ class SSD300(nn.Module):
         self.base = VGGBase()
         self.aux_convs = AuxiliaryConvolutions()
         self.pred_convs = PredictionConvolutions(n_classes)
-        # conv4_3's values are on a different scale than those of the maps above. So they are scaled to unit length at
-        # each position; each channel is then multiplied by a learned factor, at first 20 (paper, section 3.1).
+        # conv4_3's values are on a different scale than those of the maps above. So each position is scaled to unit
+        # length, and each channel is then multiplied by a learned factor, initially 20 (paper, section 3.1).
         self.rescale_factors = nn.Parameter(torch.full((1, 512, 1, 1), 20.0))
-        # A buffer moves with the network to any device. The state dict doesn't have it, nor do published weights.
+        # A buffer moves to any device with the network. It isn't in the state dict, nor in published weights.
         self.register_buffer('priors_cxcy', self.create_prior_boxes(), persistent=False)
 
     def forward(self, images):
-        """images (N, 3, 300, 300) → offsets from the priors (N, 8732, 4), scores before softmax (N, 8732, n_classes)"""
+        """Map images (N, 3, 300, 300) to offsets (N, 8732, 4) and scores before softmax (N, 8732, n_classes)."""
         if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(f'images must be of shape (N, 3, 300, 300), not {tuple(images.shape)}')
         conv4_3, conv7 = self.base(images)  # (N, 512, 38, 38), (N, 1024, 19, 19)
@@ -218,18 +218,18 @@ class SSD300(nn.Module):
         """Return the 8732 priors in fractional center-size coordinates (8732, 4), map by map (paper, section 2.2)."""
         priors = []
         for i, (_, _, grid, scale, ratios) in enumerate(FEATURE_MAPS):
-            # The extra prior is a square between this scale and the next. The last map has no next one: the
-            # original tutorial, and so its published weights, take 1.0 there.
+            # The extra prior is a square between this scale and the next. For the last map, the original tutorial and
+            # so its published weights use 1.0.
             extra = sqrt(scale * FEATURE_MAPS[i + 1].scale) if i + 1 < len(FEATURE_MAPS) else 1.0
             priors += lay_out_priors(grid, grid, scale, extra, ratios)
         priors = torch.tensor(priors)  # (8732, 4)
-        # No prior is wider or higher than the image. As in the original tutorial, this shrinks 20 of them, on
-        # the two uppermost maps. 2740 reach beyond an edge of the image and stay so, as in the Caffe code.
+        # No prior is wider or higher than the image. As in the original tutorial, this shrinks 20 of them, on the last
+        # two maps. 2740 still reach beyond an edge of the image, as in the Caffe code.
         priors[:, 2:].clamp_(max=1)
         return priors
 
     def decode(self, predicted_locs, predicted_scores):
-        """The output → boxes in fractional boundary coordinates (N, 8732, 4), probabilities (N, 8732, n_classes)"""
+        """Map the output to boxes in boundary coordinates (N, 8732, 4) and probabilities (N, 8732, n_classes)."""
         boxes = cxcy_to_xy(gcxgcy_to_cxcy(predicted_locs.float(), self.priors_cxcy))  # (N, 8732, 4)
         if self.clip_boxes:
             boxes = boxes.clamp(0, 1)
@@ -239,8 +239,8 @@ class SSD300(nn.Module):
         """Turn the network's output into objects.
 
         :param predicted_locs, predicted_scores: (N, 8732, 4) and (N, 8732, n_classes), before softmax
-        :param min_score: candidates must have a higher score
-        :param max_overlap: of two boxes of one class that overlap by more than this, the better one is kept
+        :param min_score: objects must have a higher score
+        :param max_overlap: of two boxes of one class that overlap by more than this, only the better one is kept
         :param top_k: keep at most this many objects per image, those with the highest scores
         :return: three lists with a tensor per image, highest score first: boxes in fractional boundary coordinates
             (n, 4), labels (n), scores (n); n may be 0
@@ -264,7 +264,7 @@ def lay_out_priors(grid, n_tiles, scale, extra, ratios) -> list[tuple[float, ...
 # --------------------------------------------------------------------------------------------- loss
 
 class MultiBoxLoss(nn.Module):
-    """The loss of SSD (paper, section 2.2): of the classes (confidence) and of the boxes (localization)."""
+    """SSD's loss (paper, section 2.2): that of the classes (confidence) and that of the boxes (localization)."""
 
     def __init__(self, priors_cxcy, threshold=0.5, neg_pos_ratio=3, alpha=1.0, localization='smooth_l1',
                  min_negatives=0):
@@ -308,15 +308,15 @@ class MultiBoxLoss(nn.Module):
         n_positives = positive.sum(dim=1)  # (N)
         n_positives_in_batch = mean_over_processes(n_positives.sum())
 
-        # Localization: positive priors only, since there is no right box around nothing. The paper adds up the
-        # four offsets of a box. This is their mean, a quarter of that, as for the published weights.
+        # Localization: positive priors only, since there is no right box around nothing. The paper adds up the four
+        # offsets of a box. This is their mean, a quarter of that, as for the published weights.
         true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), self.priors_cxcy)  # (N, 8732, 4)
         loc_loss = self.localization_loss(predicted_locs, true_locs, reduction='none').sum(dim=2)  # (N, 8732)
         loc_loss = torch.where(positive, loc_loss, 0).sum() / (4 * n_positives_in_batch)
 
-        # Confidence: the positive priors and, in each image, three times as many negative ones. If all thousands
-        # of negatives counted, answering "background" everywhere would cost almost nothing. The hardest ones,
-        # those with the highest loss, teach the most.
+        # Confidence: the positive priors and, in each image, three times as many negative ones. If all thousands of
+        # negatives counted, answering "background" everywhere would cost almost nothing. The hard ones, those with the
+        # highest loss, teach the most.
         conf_loss = F.cross_entropy(predicted_scores.flatten(0, 1), true_classes.flatten(), reduction='none')
         conf_loss = conf_loss.view(positive.shape)  # (N, 8732)
         negative_losses = torch.where(positive, 0, conf_loss).sort(dim=1, descending=True).values  # (N, 8732)
@@ -360,14 +360,14 @@ class MultiBoxLoss(nn.Module):
 # ---------------------------------------------------------------------------------------- detection
 
 def suppress_duplicates(boxes, class_scores, min_score, max_overlap, top_k, max_candidates=400):
-    """Non-maximum suppression in one image: boxes (8732, 4) in boundary coordinates, class_scores
-    (8732, n_classes − 1) without the background's. For the rest see `SSD300.detect_objects`."""
+    """Apply non-maximum suppression to one image: boxes (8732, 4) in boundary coordinates, class_scores without the
+    background's (8732, n_classes − 1). For the rest see `SSD300.detect_objects`."""
     # The best 400 candidates of each class, as in the authors' Caffe code. One prior may find several classes.
     scores, priors = class_scores.topk(min(max_candidates, len(class_scores)), dim=0)  # (400, n_classes − 1)
     is_candidate = (scores > min_score) & boxes.isfinite().all(dim=1)[priors]  # (400, n_classes − 1)
     scores, priors = scores[is_candidate], priors[is_candidate]  # (n_candidates)
     labels = is_candidate.nonzero()[:, 1] + 1  # (n_candidates): counted from 1
-    # batched_nms keeps classes apart by moving each to a place of its own: far enough if no coordinate is negative.
+    # batched_nms separates the classes by moving each to its own place: far enough if no coordinate is negative.
     shifted = boxes[priors] - boxes.nan_to_num(0, 0, 0).min()  # (n_candidates, 4)
     kept = batched_nms(shifted, scores, labels, max_overlap)[:top_k]  # (n), highest score first
     return boxes[priors[kept]], labels[kept], scores[kept]
@@ -376,9 +376,9 @@ def suppress_duplicates(boxes, class_scores, min_score, max_overlap, top_k, max_
 # ------------------------------------------------------------------------------ weights from elsewhere
 
 def load_model(checkpoint_path) -> tuple[SSD300, dict[str, int]]:
-    """Return the network of a checkpoint, on the CPU and ready for detection, and its label map. A checkpoint is a
-    file of train.py, of the original tutorial's code, or of one of the `PEERS`; 'coco' downloads torchvision's
-    SSD300, trained on COCO (136 MB, once). Raises InputError if it can't be used."""
+    """Return the network of a checkpoint, on the CPU and ready for detection, and its label map. A checkpoint is a file
+    of train.py, of the original tutorial's code, or of one of the `PEERS`; 'coco' downloads torchvision's SSD300,
+    trained on COCO (136 MB, once). Raises InputError if it can't be used."""
     checkpoint = load_any_checkpoint(checkpoint_path)
     model = SSD300(n_classes=len(checkpoint['label_map']))
     load_weights(model, checkpoint, checkpoint_path)
@@ -389,7 +389,7 @@ def load_weights(model, checkpoint, checkpoint_path):
     """Copy a loaded checkpoint into a network. Raises InputError if the weights don't fit."""
     try:
         model.load_state_dict(checkpoint['model'])
-        if 'priors_cxcy' in checkpoint:  # older checkpoints don't have this part: the defaults are right for them
+        if 'priors_cxcy' in checkpoint:  # older checkpoints lack this part: the defaults are right for them
             model.priors_cxcy.copy_(checkpoint['priors_cxcy'])
             for name in ('image_mean', 'image_std', 'clip_boxes'):
                 setattr(model, name, checkpoint[name])
@@ -399,11 +399,11 @@ def load_weights(model, checkpoint, checkpoint_path):
 
 
 def start_from_checkpoint(model, checkpoint_path, label_map):
-    """Start fine-tuning: copy a checkpoint into a new network. Of the class heads, only the filters of labels that
-    the checkpoint knows are copied. Raises InputError if it can't be used."""
+    """Start fine-tuning: copy a checkpoint into a new network, but the class heads' filters only for labels that the
+    checkpoint knows. Raises InputError if it can't be used."""
     checkpoint = load_any_checkpoint(checkpoint_path)
     weights, trained_label_map = checkpoint['model'], checkpoint['label_map']
-    load_weights(SSD300(len(trained_label_map)), checkpoint, checkpoint_path)  # only to see whether they fit
+    load_weights(SSD300(len(trained_label_map)), checkpoint, checkpoint_path)  # only checks whether they fit
     for name, head in model.state_dict().items():
         if name.startswith('pred_convs.cl_'):  # one filter per prior and class: (n_priors · n_classes, …)
             head = head.clone().unflatten(0, (-1, len(label_map)))  # (n_priors, n_classes, …)
@@ -415,17 +415,17 @@ def start_from_checkpoint(model, checkpoint_path, label_map):
     new = ', '.join(label for label in label_map if label not in trained_label_map)
     print(f'Fine-tuning {checkpoint_path}' + (f'; the class heads start from scratch for {new}' if new else ''))
     if not torch.allclose(model.priors_cxcy, SSD300.create_prior_boxes(), atol=1e-5):
-        print(f'The priors are those of {checkpoint_path}, not those that FEATURE_MAPS makes')
+        print(f'The priors are those of {checkpoint_path}, not those of FEATURE_MAPS')
 
 
 class Peer(NamedTuple):
-    """Another implementation of the same network: the prefixes of its tensors' names, and what differs from ours. The
+    """Another implementation of the same network: the prefixes of its tensors' names, and how it differs from ours. Its
     tensors come in our order. The defaults are those of the authors' Caffe code."""
     convs: tuple[str, ...]  # the layers conv1_1 … conv11_2
     rescale_factors: str
     loc: str  # the six localization convolutions
     cl: str  # the six class convolutions
-    scales: tuple[float, ...] = (0.1, 0.2, 0.37, 0.54, 0.71, 0.88, 1.05)  # of the priors; one more than maps
+    scales: tuple[float, ...] = (0.1, 0.2, 0.37, 0.54, 0.71, 0.88, 1.05)  # of the priors; one more than the maps
     clip_centers: bool = True  # whether the centers of priors are kept inside the image
     image_mean: tuple[float, ...] = (123 / 255, 117 / 255, 104 / 255)  # its images range from 0 to 255
     image_std: tuple[float, ...] = (1 / 255, 1 / 255, 1 / 255)
@@ -450,7 +450,7 @@ def load_any_checkpoint(path) -> dict:
     content = read_checkpoint_file(path)
     if is_checkpoint(content):
         return content
-    # Some files are the weights, others have them under a key, beside an optimizer and the like.
+    # Some files are the weights; others have them under a key, beside an optimizer and the like.
     weights = content.get('model', content) if isinstance(content, dict) else None
     for name, peer in PEERS.items():
         if isinstance(weights, dict) and peer.rescale_factors in weights:
@@ -460,8 +460,8 @@ def load_any_checkpoint(path) -> dict:
 
 
 def from_peer(state_dict, name) -> dict:
-    """Convert the weights of one of the `PEERS` to a checkpoint of ours that predicts the same. Raises InputError
-    for those of another network than SSD300, or for other classes than VOC's or COCO's."""
+    """Convert the weights of one of the `PEERS` to a checkpoint of ours that predicts the same. Raises InputError for
+    other networks than SSD300, or other classes than VOC's or COCO's."""
     peer = PEERS[name]
 
     def tensors(prefix):  # of each layer its weight, then its bias
@@ -482,7 +482,7 @@ def from_peer(state_dict, name) -> dict:
     places = [(feature_map, part) for feature_map in FEATURE_MAPS for part in ('weight', 'bias')]
     for kind, head_tensors in heads.items():
         for (feature_map, part), tensor in zip(places, head_tensors):
-            # At each position, their priors come in the order 1, extra, 2, 1/2, 3, 1/3; our i-th is their order[i]-th.
+            # At each position, their priors are in the order 1, extra, 2, 1/2, 3, 1/3; our i-th is their order[i]-th.
             order = [0, 1, 2, 4, 3, 5] if feature_map.n_priors == 6 else [0, 1, 2, 3]
             tensor = tensor.unflatten(0, (len(order), -1))[order].flatten(0, 1)
             weights[f'pred_convs.{kind}_{feature_map.name}.{part}'] = tensor
@@ -492,8 +492,8 @@ def from_peer(state_dict, name) -> dict:
 
 
 def caffe_priors(scales, clip_centers):
-    """Return the priors of those who follow the authors' Caffe code, center-size (8732, 4). Their centers are whole
-    pixels apart. 19 of conv8_2's are 4 pixels outside the image; some implementations move them inside."""
+    """Return the priors of implementations that follow the authors' Caffe code, center-size (8732, 4). Their centers
+    are whole pixels apart. 19 of conv8_2's are 4 pixels outside the image; some implementations move them inside."""
     priors = []
     for i, (step, feature_map) in enumerate(zip((8, 16, 32, 64, 100, 300), FEATURE_MAPS)):
         ratios = (1, 2, 3, 1 / 2, 1 / 3) if feature_map.n_priors == 6 else (1, 2, 1 / 2)

@@ -1040,14 +1040,14 @@ def until_ctrl_c(batches):
 
 
 def ignore_ctrl_c(worker_id):
-    """Ignore Ctrl-C in a DataLoader's worker. Terminals send it to workers, too, but these end with the main process."""
+    """Ignore Ctrl-C in a DataLoader's worker. Terminals send it to workers, too; these end with the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
 def way_back(run):
-    """If a training ends early, print the command that resumes it. `run` has `last_saved` (its last checkpoint, or None),
-    `epoch` (the number of finished epochs), and `is_main` (whether this process speaks for the others)."""
+    """If a training ends early, print the command that resumes it. `run` has `last_saved` (its last checkpoint, or
+    None), `epoch` (the number of finished epochs), and `is_main` (whether this process speaks for the others)."""
     try:
         with CtrlC():
             yield
