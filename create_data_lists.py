@@ -1,7 +1,7 @@
 """Make the data lists that train.py and eval.py read.
 
     python create_data_lists.py                  # the embedded sample: sixteen pictures of emoji
-    python create_data_lists.py --download       # fetches PASCAL VOC 2007 and 2012 (2.8 GB) and uses that
+    python create_data_lists.py --download       # fetches PASCAL VOC 2007 and 2012 (2.9 GB) and uses that
     python create_data_lists.py --voc07_path /data/VOCdevkit/VOC2007 --voc12_path /data/VOCdevkit/VOC2012
     python create_data_lists.py --voc07_path /data/fruit --labels apple pear plum
 
@@ -34,7 +34,7 @@ skip_empty: bool = False  # leave out training pictures that have no object of t
 keep_unannotated: bool = False  # take pictures without an annotation file as pictures without objects
 output_folder: str = 'data'  # where the lists go
 download: bool = False  # fetch VOC from its makers instead, and use it in place of the paths
-download_folder: str = 'voc'  # where a download goes: 2.8 GB of archives, and as much again when extracted
+download_folder: str = 'voc'  # where a download goes: 2.9 GB of archives, and as much again when extracted
 
 
 def download_voc(folder) -> tuple[Path, Path]:
@@ -97,7 +97,7 @@ def print_coverage(rows):
           "The priors are those of model.py, as in training from ImageNet's weights: a checkpoint brings its own")
     poor = [label for label, (_, found, _, _) in rows.items() if found < 0.8 and label != 'all']
     if poor:
-        print(f'Fewer than 80 % find a prior: {", ".join(poor)}. If they are small, cut the pictures into parts or\n'
+        print(f'Fewer than 80% find a prior: {", ".join(poor)}. If they are small, cut the pictures into parts or\n'
               'give FEATURE_MAPS in model.py smaller scales; if they are long and thin, give it other ratios')
 
 

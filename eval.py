@@ -50,7 +50,7 @@ OVERLAPS = [percent / 100 for percent in range(50, 100, 5)]  # a true detection 
 
 
 def main():
-    check_settings()
+    check_ranges(sys.modules[__name__], batch_size=(1, math.inf), workers=(0, math.inf), report_threshold=(0, 1))
     rank, n_processes, main_device = join_processes(device)
     dtype = choose_dtype(main_device, precision)
     torch.backends.cudnn.benchmark = True  # all inputs have one size: cuDNN may try what is fastest
@@ -242,10 +242,6 @@ def write_results(results, dataset, names, folder):
             safe_label = re.sub(r'[/\\:*?"<>|]', '_', label)  # a label may hold what a file name can't
             with replaced_file(Path(folder, f'comp4_det_{dataset.split.lower()}_{safe_label}.txt')) as file:
                 file.write(''.join(lines[index]).encode())
-
-
-def check_settings():
-    check_ranges(sys.modules[__name__], batch_size=(1, math.inf), workers=(0, math.inf), report_threshold=(0, 1))
 
 
 if __name__ == '__main__':

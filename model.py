@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import VGG16_Weights
 from torchvision.models.detection import SSD300_VGG16_Weights
-from torchvision.ops import nms
+from torchvision.ops import batched_nms
 
 from utils import (IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD, InputError, cxcy_to_gcxgcy, cxcy_to_xy, decimate,
                    download_weights, find_jaccard_overlap, gcxgcy_to_cxcy, is_checkpoint, make_label_map,
@@ -253,7 +253,7 @@ class SSD300(nn.Module):
 
 def lay_out_priors(grid, n_tiles, scale, extra, ratios) -> list[tuple[float, ...]]:
     """Return (c_x, c_y, w, h) of one map's priors: row by row, position by position; at each position the first
-    ratio, the extra prior (a square with this side), the other ratios. n_tiles would fit side by side in the image."""
+    ratio, the extra prior (a square with this side), the other ratios. The image is n_tiles tiles wide."""
     # A prior of scale s and ratio a is s·√a wide and s/√a high: its area is s² whatever its ratio.
     first, *others = [(scale * sqrt(ratio), scale / sqrt(ratio)) for ratio in ratios]
     sizes = [first, (extra, extra), *others]
@@ -362,18 +362,15 @@ class MultiBoxLoss(nn.Module):
 def suppress_duplicates(boxes, class_scores, min_score, max_overlap, top_k, max_candidates=400):
     """Non-maximum suppression in one image: boxes (8732, 4) in boundary coordinates, class_scores
     (8732, n_classes − 1) without the background's. For the rest see `SSD300.detect_objects`."""
-    priors, labels = [], []  # of what is kept; one prior may be an object of several classes
-    for label, scores in enumerate(class_scores.unbind(dim=1), start=1):
-        candidates, = (scores > min_score).nonzero(as_tuple=True)  # (n_candidates)
-        best_first = scores[candidates].argsort(descending=True, stable=True)
-        candidates = candidates[best_first[:max_candidates]]  # 400 of a class, as in the authors' Caffe code
-        kept = candidates[nms(boxes[candidates], scores[candidates], max_overlap)]  # (n_kept)
-        priors.append(kept)
-        labels.append(torch.full_like(kept, label))
-    priors, labels = torch.cat(priors), torch.cat(labels)  # (n) each, class by class
-    scores = class_scores[priors, labels - 1]  # (n)
-    best = scores.argsort(descending=True, stable=True)[:top_k]
-    return boxes[priors[best]], labels[best], scores[best]
+    # The best 400 candidates of each class, as in the authors' Caffe code. One prior may find several classes.
+    scores, priors = class_scores.topk(min(max_candidates, len(class_scores)), dim=0)  # (400, n_classes − 1)
+    is_candidate = (scores > min_score) & boxes.isfinite().all(dim=1)[priors]  # (400, n_classes − 1)
+    scores, priors = scores[is_candidate], priors[is_candidate]  # (n_candidates)
+    labels = is_candidate.nonzero()[:, 1] + 1  # (n_candidates): counted from 1
+    # batched_nms keeps classes apart by moving each to a place of its own: far enough if no coordinate is negative.
+    shifted = boxes[priors] - boxes.nan_to_num(0, 0, 0).min()  # (n_candidates, 4)
+    kept = batched_nms(shifted, scores, labels, max_overlap)[:top_k]  # (n), highest score first
+    return boxes[priors[kept]], labels[kept], scores[kept]
 
 
 # ------------------------------------------------------------------------------ weights from elsewhere
@@ -496,7 +493,7 @@ def from_peer(state_dict, name) -> dict:
 
 def caffe_priors(scales, clip_centers):
     """Return the priors of those who follow the authors' Caffe code, center-size (8732, 4). Their centers are whole
-    pixels apart. On conv8_2's map, 19 are 4 pixels outside the image; some implementations move them inside."""
+    pixels apart. 19 of conv8_2's are 4 pixels outside the image; some implementations move them inside."""
     priors = []
     for i, (step, feature_map) in enumerate(zip((8, 16, 32, 64, 100, 300), FEATURE_MAPS)):
         ratios = (1, 2, 3, 1 / 2, 1 / 3) if feature_map.n_priors == 6 else (1, 2, 1 / 2)

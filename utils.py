@@ -1,17 +1,17 @@
-"""What the scripts share besides the network: code that works on boxes, pictures, detections and files.
+"""What the scripts share besides the network: functions for boxes, pictures, detections and files.
 
 Chapters, in reading order: labels · boxes · data lists · transforms · evaluation · checkpoints · script settings.
 
-A box is the last dimension (of size 4) of a tensor. It has one of three forms:
+A box is the last dimension of a tensor, of size 4. It has one of three forms:
 
 - boundary coordinates (x_min, y_min, x_max, y_max), called "xy" in names and comments;
 - center-size coordinates (c_x, c_y, w, h), called "cxcy";
 - offsets from a prior (g_c_x, g_c_y, g_w, g_h), called "gcxgcy".
 
-Coordinates are fractions of the picture's width and height. Only annotations and the input of `transform`
-are in pixels ("absolute" coordinates).
+Coordinates are fractions of the picture's width and height. Only annotations and the input of `transform` are in
+pixels ("absolute" coordinates).
 
-A "picture" is a photograph: a file, or a PIL image. An "image" is the normalized tensor that the network sees.
+A "picture" is a photograph: a file or a PIL image. An "image" is the normalized tensor that the network sees.
 """
 
 import argparse
@@ -46,9 +46,11 @@ from tqdm import tqdm
 
 
 class InputError(Exception):
-    """Something that the user provided is missing, unreadable or wrong. The message is one sentence that names
-    it and says what to do; `changes` are settings with which it may go well the next time. `run_script`
-    prints the message instead of a traceback."""
+    """Something that the user provided is missing, unreadable or wrong.
+
+    The message is one sentence that names it and says what to do; `run_script` prints it instead of a traceback.
+    `changes` are settings that may help the next time.
+    """
 
     def __init__(self, message, **changes):
         super().__init__(message)
@@ -75,7 +77,7 @@ def make_label_map(labels) -> dict[str, int]:
 
 def make_label_colors(label_map) -> dict[str, str]:
     """Return {label: '#rrggbb'} for any number of classes."""
-    # Steps of the golden ratio around the color circle never repeat a hue, and neighbors in the list differ.
+    # Steps of the golden ratio around the color circle never repeat a hue, and make neighbors in the list differ.
     colors = {}
     for label, index in label_map.items():
         rgb = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.85, 0.95 if index % 2 else 0.75)
@@ -107,9 +109,9 @@ def cxcy_to_xy(cxcy):
 def cxcy_to_gcxgcy(cxcy, priors_cxcy):
     """Encode boxes (…, 4) as offsets (…, 4) from their priors (…, 4); both in center-size coordinates.
 
-    Centers are compared in units of the prior's size, sizes by the logarithm of their ratio. The factors 10
-    and 5 aren't in the paper: they are the "variances" 0.1 and 0.2 of the authors' Caffe code. They bring all
-    four offsets to about the same spread.
+    The offset of a center is measured in units of the prior's size, that of a size by the logarithm of the ratio. The
+    factors 10 and 5 aren't in the paper. They are the "variances" 0.1 and 0.2 of the authors' Caffe code, and give all
+    four offsets about the same spread.
     """
     c_x, c_y, w, h = cxcy.unbind(dim=-1)
     prior_x, prior_y, prior_w, prior_h = priors_cxcy.unbind(dim=-1)
@@ -120,8 +122,8 @@ def cxcy_to_gcxgcy(cxcy, priors_cxcy):
     return torch.stack((g_c_x, g_c_y, g_w, g_h), dim=-1)
 
 
-# The largest log(w / ŵ) that is decoded, as in torchvision: 62.5 times the prior, far larger than any image.
-# Without a limit, exp() could turn one wild prediction into infinity.
+# The largest log(w / ŵ) that is decoded, as in torchvision: a box 62.5 times the size of its prior. Without a limit,
+# exp() could turn one wild prediction into infinity.
 MAX_LOG_RATIO = math.log(1000 / 16)
 
 
@@ -137,8 +139,7 @@ def gcxgcy_to_cxcy(gcxgcy, priors_cxcy):
 
 
 def find_intersection(set_1, set_2):
-    """Return the area (…, n1, n2) that each box of (…, n1, 4) shares with each of (…, n2, 4); boundary
-    coordinates."""
+    """Return the area (…, n1, n2) that each box of (…, n1, 4) shares with each of (…, n2, 4); boundary coordinates."""
     lower = torch.maximum(set_1[..., :, None, :2], set_2[..., None, :, :2])  # (…, n1, n2, 2): left and top
     upper = torch.minimum(set_1[..., :, None, 2:], set_2[..., None, :, 2:])  # (…, n1, n2, 2): right and bottom
     width, height = (upper - lower).clamp(min=0).unbind(dim=-1)  # (…, n1, n2): 0 where the boxes don't touch
@@ -147,7 +148,7 @@ def find_intersection(set_1, set_2):
 
 def find_jaccard_overlap(set_1, set_2):
     """Return the Jaccard overlap (IoU) (…, n1, n2) of each box of (…, n1, 4) with each of (…, n2, 4); boundary
-    coordinates. Boxes without area overlap by 0."""
+    coordinates. The overlap of boxes without area is 0."""
     width_1, height_1 = (set_1[..., 2:] - set_1[..., :2]).unbind(dim=-1)  # (…, n1)
     width_2, height_2 = (set_2[..., 2:] - set_2[..., :2]).unbind(dim=-1)  # (…, n2)
     intersection = find_intersection(set_1, set_2)  # (…, n1, n2)
@@ -169,29 +170,28 @@ SPLIT_FOLDERS = ('train', 'test', 'valid', 'val')
 
 
 class Findings:
-    """What reading annotations brings to light besides objects, to be reported in a few lines."""
+    """What the annotations reveal besides objects. It is reported in a few lines."""
 
     def __init__(self):
         self.labels = Counter()  # {label: number of objects}, of all labels, wanted or not
         self.notes = defaultdict(list)  # {what is odd: where}
-        self.faults = []  # what keeps the data lists from being made
+        self.faults = []  # reasons why the data lists can't be made
 
 
 def some(cases) -> str:
-    """Return the first three of some texts."""
+    """Return the first three of several texts as one text."""
     return ', '.join(map(str, cases[:3])) + (', …' if len(cases) > 3 else '')
 
 
 def parse_annotation(annotation_path, label_map=label_map, size=None, findings=None) -> dict[str, list]:
-    """Return the objects in an annotation file of VOC's format.
+    """Return the objects in an annotation file of VOC's format, without those of other labels and boxes without area.
 
-    :param size: width and height of the picture, at whose edges boxes are cut; None: they stay as they are
-    :param findings: Findings that note all labels, boxes without area and a <size> that isn't the picture's
-    :return: {'boxes': [[x_min, y_min, x_max, y_max], …] in pixels counted from 0, 'labels': [class index,
-        …], 'difficulties': [0 or 1, …]}
+    :param size: width and height of the picture, at whose edges boxes are clipped; None: boxes stay as they are
+    :param findings: Findings to which to add all labels, boxes without area, and a <size> that isn't the picture's
+    :return: {'boxes': [[x_min, y_min, x_max, y_max], …] in pixels counted from 0, 'labels': [class index, …],
+        'difficulties': [0 or 1, …]}
 
-    Objects of other labels and boxes without area are left out. Raises InputError if the file is missing or no
-    such annotation.
+    Raises InputError if the file is missing or isn't such an annotation.
     """
     findings = findings or Findings()
     index_of = {label.lower(): index for label, index in label_map.items() if index > 0}
@@ -204,13 +204,13 @@ def parse_annotation(annotation_path, label_map=label_map, size=None, findings=N
         fits = not size or 0 in noted or all(abs(noted[i] - size[i]) <= 0.02 * size[i] for i in (0, 1))
         if not fits:
             findings.notes["annotations have a <size> that isn't their picture's, so boxes may be wrong (was the "
-                           'picture turned by EXIF, shrunk or exchanged?)'].append(
+                           'picture rotated by EXIF, shrunk or replaced?)'].append(
                 f"'{annotation_path}' ({noted[0]:g}×{noted[1]:g}, not {size[0]}×{size[1]})")
         for element in root.findall('object'):
             texts = [element.findtext(tag, default='').strip() for tag in OBJECT_TAGS]
             if '' in texts:
                 raise ValueError(f'an object without {OBJECT_TAGS[texts.index("")]}')
-            label, sides = texts[0], texts[1:]
+            label, *sides = texts
             x_min, y_min, x_max, y_max = (float(side) - 1 for side in sides)  # VOC counts pixels from 1
             if size:
                 x_min, y_min = max(x_min, 0), max(y_min, 0)
@@ -238,19 +238,18 @@ def opened_picture(path):
         with Image.open(path) as image:
             yield image
     except FileNotFoundError:
-        raise InputError(f"picture '{path}' isn't there: copy it there, or make the data lists again "
-                         'without it') from None
-    except Exception as error:  # each of Pillow's formats raises others
-        raise InputError(f"picture '{path}' can't be read ({error}): replace it, or leave it out") from None
+        raise InputError(f"picture '{path}' isn't there: copy it there, or make the data lists without it") from None
+    except Exception as error:  # each of Pillow's formats has its own errors
+        raise InputError(f"picture '{path}' can't be read ({error}): replace it or leave it out") from None
 
 
 def upright_rgb(image) -> Image.Image:
     """Return a copy of a PIL image, upright and in mode RGB."""
     require(isinstance(image, Image.Image),
-            f"a picture must be a PIL image, not {type(image).__name__}: make one by Image.fromarray(frame) of an RGB "
-            "array, by Image.fromarray(frame[..., ::-1]) of OpenCV's BGR frames")
-    image = ImageOps.exif_transpose(image)  # phones only note in EXIF data how to turn a photo
-    if image.mode[0] in 'IF':  # more than 8 bits a pixel, which Pillow would cut off at 255
+            f"a picture must be a PIL image, not {type(image).__name__}: convert an RGB array with "
+            "Image.fromarray(frame), OpenCV's BGR frames with Image.fromarray(frame[..., ::-1])")
+    image = ImageOps.exif_transpose(image)  # a phone only notes in EXIF data how a photo must be rotated
+    if image.mode[0] in 'IF':  # more than 8 bits per pixel, which Pillow would clip at 255
         image = image.convert('F')
         highest = int(image.getextrema()[1])
         n_bits = next((bits for bits in (8, 12, 16) if highest < 2 ** bits), 32)  # cameras often use 12 of 16 bits
@@ -266,34 +265,34 @@ def read_image(path) -> Image.Image:
 
 
 def picture_size(path, decode=False) -> tuple[int, int]:
-    """Return width and height of the picture that `read_image` would give, from the file's header alone; with
-    `decode`, also read the rest, to see whether it is broken."""
+    """Return width and height of the picture that `read_image` would return, from the file's header alone. With
+    `decode`, also read the rest, to find broken files."""
     with opened_picture(path) as image:
         width, height = image.size
         if decode:
-            image.draft('L', (1, 1))  # of JPEG, all is read but only every eighth pixel computed
+            image.draft('L', (1, 1))  # makes it fast: of JPEG, all is read but only every eighth pixel computed
             image.load()
-        # Not image.getexif(): it would decode PNG, since EXIF data may also stand behind the pixels.
+        # Not image.getexif(): it would decode a whole PNG, where EXIF data may follow the pixels.
         on_its_side = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)  # EXIF's orientation
         return (height, width) if on_its_side else (width, height)
 
 
 def find_files(folder, suffixes) -> dict[str, list[str]]:
-    """Return {name: paths} of the files below a folder that end so; names are paths without suffix, like train/a."""
+    """Return {name: paths} of all files in a folder with these suffixes; a name is a path without suffix: train/a."""
     files = defaultdict(list)
     for parent, _, file_names in sorted(os.walk(folder)):
         start = Path(parent).relative_to(folder).as_posix().removeprefix('.')
         for stem, suffix in map(os.path.splitext, sorted(file_names)):
-            if suffix.lower() in suffixes and not stem.startswith('.'):  # the Mac's ._a.jpg is no picture
+            if suffix.lower() in suffixes and not stem.startswith('.'):  # macOS's ._a.jpg isn't a picture
                 files[f'{start}/{stem}'.removeprefix('/')].append(os.path.join(parent, stem + suffix))
     return files
 
 
 def read_names(list_path, pictures) -> list[str]:
-    """Return the names in one of VOC's lists, one a line. A line may also have a suffix and a flag: 'a.jpg 1'."""
+    """Return the names in one of VOC's lists, one per line. A line may also have a suffix and a flag: 'a.jpg 1'."""
     try:
         data = list_path.read_bytes() if list_path.exists() else b''
-        # Windows' PowerShell writes UTF-16, and Windows' editors put a byte order mark before UTF-8.
+        # PowerShell writes UTF-16, and Windows editors put a byte order mark before UTF-8.
         text = data.decode('utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig')
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the list '{list_path}' can't be read ({error}): save it as UTF-8") from None
@@ -306,8 +305,8 @@ def read_names(list_path, pictures) -> list[str]:
 
 
 def split_names(voc_path, pictures, annotations, with_test) -> list[list[str]]:
-    """Return the names of a folder's pictures for training and for testing: those in its lists; without lists, those
-    below train/ and below test/, valid/ or val/; without these folders, every fifth is for testing (with_test)."""
+    """Return the names of a folder's pictures for training and for testing. They are those in its lists; without lists,
+    those below train/ and below test/, valid/ or val/; without these, every fifth is for testing (with_test)."""
     lists = [voc_path / 'ImageSets' / 'Main' / f'{split}.txt' for split in ('trainval', 'test')]
     if any(path.exists() for path in lists):
         return [read_names(path, pictures) for path in lists]
@@ -322,7 +321,7 @@ def split_names(voc_path, pictures, annotations, with_test) -> list[list[str]]:
         return [list(pictures), []]
     test = [name for name in pictures if name in annotations][::5]
     print(f"'{voc_path}' has no lists (ImageSets/Main/trainval.txt and test.txt): every fifth picture is for testing, "
-          f'{len(test):,} of them. Write lists if pictures belong together: all frames of a film must be in one split')
+          f'{len(test):,} of them. Write lists if pictures belong together: all frames of a video must be in one split')
     return [sorted(pictures.keys() - set(test)), test]
 
 
@@ -336,7 +335,7 @@ def read_folder(voc_path, label_map, findings, keep_unannotated=False, with_test
         folders = [voc_path, voc_path]  # then each XML file is beside its picture
     pictures, annotations = find_files(folders[0], PICTURE_SUFFIXES), find_files(folders[1], ('.xml',))
     require(pictures.keys() & annotations.keys(),
-            f"'{voc_path}' has {len(pictures):,} pictures and {len(annotations):,} XML files, but none of a picture's "
+            f"'{voc_path}' has {len(pictures):,} pictures and {len(annotations):,} XML files, but none has a picture's "
             'name: export your annotations as Pascal VOC, and name the folders JPEGImages and Annotations')
     splits = split_names(voc_path, pictures, annotations, with_test)
     splits = splits if with_test else splits[:1]
@@ -348,7 +347,7 @@ def read_folder(voc_path, label_map, findings, keep_unannotated=False, with_test
                            'without objects)'].append(f"'{path}'")
             continue
         try:
-            require(not others, f"pictures '{path}' and '{some(others)}' have one name: rename one")
+            require(not others, f"pictures '{path}' and '{some(others)}' have the same name: rename one")
             size = picture_size(path, decode=True)
             objects = {'boxes': [], 'labels': [], 'difficulties': []}
             if name in annotations:
@@ -358,7 +357,7 @@ def read_folder(voc_path, label_map, findings, keep_unannotated=False, with_test
             findings.faults.append(str(error).rpartition(': ')[0])  # without its advice
     orphans = [f"'{paths[0]}'" for name, paths in annotations.items() if name not in pictures and name not in names]
     if orphans:
-        findings.notes['XML files have no picture of their name'] += orphans
+        findings.notes['XML files have no picture of that name'] += orphans
     return [[usable[name] for name in names if name in usable] for names in splits]
 
 
@@ -366,12 +365,11 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
                       keep_unannotated=False):
     """Read annotations in VOC's format and write five JSON files for PascalVOCDataset.
 
-    TRAIN_images.json and TEST_images.json list the pictures' absolute paths. TRAIN_objects.json and
-    TEST_objects.json list, in the same order, their objects as `parse_annotation` returns them.
-    label_map.json is the label map.
+    TRAIN_images.json and TEST_images.json list the pictures' absolute paths. TRAIN_objects.json and TEST_objects.json
+    list their objects in the same order, as `parse_annotation` returns them. label_map.json is the label map.
 
     :param voc07_path: folder with pictures for training and for testing; see `split_names`
-    :param voc12_path: another folder, or a list of them, whose training pictures are taken as well; or None
+    :param voc12_path: another folder, or a list of folders, whose training pictures are added; or None
     :param labels: names of the classes, VOC's or others
     :param skip_empty: leave out training pictures without an object of these classes
     :param keep_unannotated: take pictures without an XML file as pictures without objects
@@ -394,22 +392,22 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
         warnings.warn(f'{len(cases):,} {remark}: {some(cases)}')
     n_faults = len(findings.faults)
     require(not n_faults, f"of {len(train) + len(test) + n_faults:,} pictures {n_faults:,} can't be used: "
-                          f'{some(findings.faults)}: repair (texts as UTF-8) or replace them, or leave them out')
+                          f'{some(findings.faults)}: repair them (texts as UTF-8), replace them or leave them out')
     for name, pictures in (('trainval.txt', train), ('test.txt', test)):
-        require(pictures, f"there is no annotated picture for {Path(voc07_path, 'ImageSets', 'Main', name)}: " + (
-            'extract both archives of VOC 2007 there' if Path(voc07_path).name == 'VOC2007' else 'name some in it'))
+        advice = 'extract both archives of VOC 2007 there' if Path(voc07_path).name == 'VOC2007' else 'name some in it'
+        require(pictures, f"there is no annotated picture for {Path(voc07_path, 'ImageSets', 'Main', name)}: {advice}")
     others = ', '.join(f'{label} ({count:,})' for label, count in findings.labels.most_common()
                        if label.lower() not in map(str.lower, labels))
     n_empty = sum(not objects['boxes'] for *_, objects in train)
-    require(n_empty < len(train), f'no training picture has an object of {", ".join(labels)}: set labels to those that '
-                                  f'the annotations have (others there: {others or "none"})')
+    require(n_empty < len(train), f'no training picture has an object of {", ".join(labels)}: set labels to those of '
+                                  f'the annotations (others there: {others or "none"})')
     if skip_empty:
         train = [picture for picture in train if picture[2]['boxes']]
 
     write_data_lists(output_folder, label_map, TRAIN=train, TEST=test)
     if n_empty:
-        print(f"{n_empty:,} training pictures have no object of these labels: " + ('left out' if skip_empty else (
-            "they teach nothing without train.py's min_negatives, --skip_empty leaves them out")))
+        print(f'{n_empty:,} training pictures have no object of these labels: ' + ('left out' if skip_empty else (
+            "they teach nothing without train.py's min_negatives; --skip_empty leaves them out")))
     if others:
         print(f'Left out the objects of other labels: {others}')
 
@@ -425,9 +423,9 @@ def write_data_lists(output_folder, label_map, **pictures):
     for split in pictures:
         files[f'{split}_images'], _, files[f'{split}_objects'] = zip(*pictures[split])
         n_objects = sum(len(objects['boxes']) for objects in files[f'{split}_objects'])
-        print(f'{split}: {len(pictures[split]):,} images with {n_objects:,} objects')
+        print(f'{split}: {len(pictures[split]):,} pictures with {n_objects:,} objects')
     make_folder(output_folder)
-    with ExitStack() as stack:  # no file is replaced before all are written: never old ones beside new ones
+    with ExitStack() as stack:  # no file is replaced until all are written: old and new ones never mix
         for name, content in files.items():
             file = stack.enter_context(replaced_file(Path(output_folder, f'{name}.json')))
             file.write(json.dumps(content).encode())
@@ -437,10 +435,10 @@ def write_data_lists(output_folder, label_map, **pictures):
 
 # -------------------------------------------------------------------------------------------- transforms
 #
-# Zooming out shows a picture through a window larger than the picture; zooming in (cropping) shows it through
-# a smaller one. Both only choose a rectangle (left, top, right, bottom) in the picture's own pixel coordinates,
-# where `right` and `bottom` are the first column and row outside. So all the geometry is done on this window
-# and the boxes; pixels are touched once, at the end.
+# Zooming out shows a picture through a window larger than the picture; zooming in (cropping), through a smaller one.
+# Both only choose a rectangle (left, top, right, bottom) in the picture's own pixel coordinates, where `right` and
+# `bottom` are the first column and row outside. So all geometry is computed for this window and the boxes; pixels are
+# touched once, at the end.
 
 IMAGE_SIZE = 300  # width and height of the image that SSD300 sees, in pixels
 IMAGENET_MEAN = [0.485, 0.456, 0.406]  # of the pictures that the VGG base was trained with, RGB in [0, 1]
@@ -448,10 +446,10 @@ IMAGENET_STD = [0.229, 0.224, 0.225]
 
 
 def adjust_contrast(image, factor):
-    """Multiply the contrast of an image (3, height, width) with values in [0, 1].
+    """Multiply the contrast of an image (3, height, width) with values in [0, 1] by a factor.
 
-    Does what torchvision's adjust_contrast does, but always adds up the pixels in the same order: row by row.
-    The sum of a whole image depends on the number of threads, in its last digits.
+    Does what torchvision's adjust_contrast does, but always adds up the pixels in the same order: row by row. The last
+    digits of a whole image's sum depend on the number of threads.
     """
     mean = TF.rgb_to_grayscale(image).mean(dim=-1).mean()
     return (mean + factor * (image - mean)).clamp(0, 1)
@@ -460,8 +458,8 @@ def adjust_contrast(image, factor):
 def shift_hue(image, shift):
     """Shift the hue of an image (3, height, width) with values in [0, 1] by a fraction of the color circle.
 
-    Does what torchvision's adjust_hue does, several times faster. On the circle, from 0 to 6, red is at 0,
-    green at 2 and blue at 4. Whatever the hue, a channel is high within 1 of its place and low beyond 2.
+    Does what torchvision's adjust_hue does, several times faster. On the circle, from 0 to 6, red is at 0, green at 2
+    and blue at 4. Whatever the hue, a channel is high within 1 of its place and low beyond 2.
     """
     red, green, blue = image  # each (height, width), like everything up to the last line
     high = torch.maximum(torch.maximum(red, green), blue)
@@ -476,22 +474,22 @@ def shift_hue(image, shift):
                         low + chroma * (2 - (hue - 4).abs()).clamp(0, 1)))  # (3, height, width)
 
 
-# The functions, and the ranges of their factors as in the Caffe code.
+# The functions and the ranges of their factors, as in the Caffe code.
 DISTORTIONS = ((TF.adjust_brightness, 0.5, 1.5), (adjust_contrast, 0.5, 1.5),
                (TF.adjust_saturation, 0.5, 1.5), (shift_hue, -18 / 255, 18 / 255))
 
 
 def photometric_distort(image):
-    """Change brightness, contrast, saturation and hue of an image (3, height, width) with values in [0, 1] in
-    place: each with a probability of 50%, in random order."""
+    """Change brightness, contrast, saturation and hue of an image (3, height, width) with values in [0, 1] in place:
+    each with a probability of 50%, in random order."""
     for adjust, low, high in random.sample(DISTORTIONS, len(DISTORTIONS)):
         if random.random() < 0.5:
             image.copy_(adjust(image, random.uniform(low, high)))
 
 
 def zoom_out(width, height) -> tuple[int, int, int, int]:
-    """Return a window 1 to 4 times as wide and high as a picture, with the picture at a random place inside it.
-    Teaches the network small objects (paper, section 3.6)."""
+    """Return a window 1 to 4 times as wide and high as a picture, with the picture at a random place inside it. This
+    teaches the network small objects (paper, section 3.6)."""
     scale = random.uniform(1, 4)
     window_width = int(scale * width)
     window_height = int(scale * height)
@@ -501,11 +499,11 @@ def zoom_out(width, height) -> tuple[int, int, int, int]:
 
 
 def random_crop(window, boxes):
-    """Zoom in: choose a smaller window inside the given one. Teaches the network large objects and parts of
+    """Zoom in: choose a smaller window inside the given one. This teaches the network large objects and parts of
     objects (paper, section 2.2, "data augmentation").
 
-    Objects whose center is outside are dropped. One of the others overlaps the crop by at least a minimum, which
-    is chosen at random. If the choice is no minimum (1 in 7) or there is no object, the window stays as it is.
+    Objects whose center is outside are dropped. At least one of the others overlaps the crop by a minimum, which is
+    chosen at random. If the choice is no minimum (1 in 7) or there is no object, the window stays as it is.
 
     :param boxes: objects in the picture's absolute boundary coordinates (n, 4)
     :return: the window; the boxes in it (m, 4), clipped at its edges; which of the n objects they are, bool (n)
@@ -518,7 +516,7 @@ def random_crop(window, boxes):
         if min_overlap is None or len(boxes) == 0:
             return window, boxes, torch.ones(len(boxes), dtype=torch.bool)
 
-        # Fifty tries, all made at once; the first good one counts. If none is good, another minimum is chosen.
+        # Make fifty tries at once and take the first good one. If none is good, choose another minimum.
         crop_size = (size * torch.empty(50, 2).uniform_(0.3, 1)).long()  # (50, 2): width and height
         room = size - crop_size  # (50, 2)
         first = start + (torch.rand(50, 2) * (room + 1)).long().minimum(room)  # (50, 2): left and top
@@ -547,7 +545,7 @@ def render_window(image, window=None, mirror=False, distort=False, mean=IMAGENET
     left, top, right, bottom = window or (0, 0, *image.size)
     visible = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
 
-    # The place of the visible part among 300×300, rounded to whole pixels, at least one.
+    # The place of the visible part among the 300×300 pixels: whole pixels, at least one.
     def place(low, high, start, end):
         first = min(round((low - start) / (end - start) * IMAGE_SIZE), IMAGE_SIZE - 1)
         return first, max(round((high - start) / (end - start) * IMAGE_SIZE), first + 1)
@@ -559,8 +557,8 @@ def render_window(image, window=None, mirror=False, distort=False, mean=IMAGENET
         part = ImageOps.mirror(part)
         x1, x2 = IMAGE_SIZE - x2, IMAGE_SIZE - x1
 
-    # Around the picture is the mean color, which normalization makes 0. Pixels are changed in place: allocating
-    # copies, of a megabyte each, would take longer than filling them.
+    # The picture is surrounded by the mean color, which normalization makes 0. Pixels are changed in place: allocating
+    # copies of a megabyte each would take longer than filling them.
     canvas = torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)
     pixels = canvas[:, y1:y2, x1:x2]  # (3, y2 − y1, x2 − x1), a view
     pixels.copy_(TF.pil_to_tensor(part)).div_(255)  # in [0, 1]
@@ -578,22 +576,21 @@ def transform(image, boxes, labels, difficulties, split, mean=IMAGENET_MEAN, std
     :param labels, difficulties: (n) each
     :param split: 'TRAIN' zooms out, crops, mirrors and distorts colors; 'TEST' only resizes
     :param mean, std: the normalization that the network expects, RGB in [0, 1]
-    :return: image (3, 300, 300), boxes in fractional boundary coordinates (m, 4), labels (m), difficulties (m).
-        A crop may drop objects, but never all of them. The arguments stay unchanged.
+    :return: image (3, 300, 300), boxes in fractional boundary coordinates (m, 4), labels (m), difficulties (m). A crop
+        may drop objects, but never all of them. The arguments stay unchanged.
     """
     if split not in ('TRAIN', 'TEST'):
         raise ValueError(f"split must be 'TRAIN' or 'TEST', not {split!r}")
-    train = split == 'TRAIN'
     window = (0, 0, *image.size)
     mirror = False
-    if train:
+    if split == 'TRAIN':
         if random.random() < 0.5:
             window = zoom_out(*image.size)
         window, boxes, kept = random_crop(window, boxes)
         labels, difficulties = labels[kept], difficulties[kept]
         mirror = random.random() < 0.5
 
-    image = render_window(image, window, mirror, distort=train, mean=mean, std=std)
+    image = render_window(image, window, mirror, distort=split == 'TRAIN', mean=mean, std=std)
 
     left, top, right, bottom = window
     width, height = right - left, bottom - top
@@ -612,13 +609,13 @@ def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
                      min_overlaps=(0.5,)):
     """Tell true detections from false ones by the rules of VOC 2007's development kit.
 
-    A detection is compared with the object of its picture and class that it overlaps most. It is true if this
-    overlap exceeds a minimum, 0.5 in VOC, and if no detection with a higher score has found the same object.
-    A detection of a difficult object counts neither way and is left out.
+    A detection is compared with the object of its picture and class that it overlaps most. It is true if this overlap
+    exceeds a minimum, 0.5 in VOC, and if no detection with a higher score has found the same object. A detection of a
+    difficult object is neither true nor false and is left out.
 
     :param min_overlaps: the minimums to apply, one after the other; for the other arguments see `calculate_mAP`
-    :return: for each minimum, the detections that count, highest score first: labels (d), scores (d), whether
-        true, bool (d); on the CPU
+    :return: for each minimum, the detections that count, highest score first: labels (d), scores (d), whether true,
+        bool (d); on the CPU
     """
     # For each detection: its highest overlap with an object, and the number of that object.
     highest_overlaps, best_objects, n_objects = [], [], 0
@@ -643,7 +640,7 @@ def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
 
     matches = []
     for min_overlap in min_overlaps:
-        true = torch.zeros(len(scores), dtype=torch.bool)  # (D): whatever finds no object is false
+        true = torch.zeros(len(scores), dtype=torch.bool)  # (D): a detection that finds no object is false
         counts = torch.ones(len(scores), dtype=torch.bool)  # (D)
         hits, = (highest_overlaps > min_overlap).nonzero(as_tuple=True)  # (n_hits): detections that find an object
         found = set()
@@ -662,8 +659,8 @@ def average_precision(true, n_objects) -> float:
 
     :param true: whether each detection of a class is true, highest score first, bool (d)
     :param n_objects: how many objects could be found
-    :return: the mean, over the recalls 0, 0.1, …, 1, of the highest precision at this recall or a higher one;
-        nan if there are no objects
+    :return: the mean, over the recalls 0, 0.1, …, 1, of the highest precision at this recall or a higher one; nan if
+        there are no objects
     """
     if n_objects == 0:
         return math.nan
@@ -671,8 +668,7 @@ def average_precision(true, n_objects) -> float:
     precision = n_true.double() / torch.arange(1, len(true) + 1, device=true.device)  # (d)
     total = 0.0
     for t in range(11):
-        # The recall n_true / n_objects is compared with t / 10 in whole numbers: rounding errors could keep
-        # 3 of 10 from reaching 0.3.
+        # Compare the recall n_true / n_objects with t / 10 in whole numbers. Rounding could keep 3 of 10 from 0.3.
         reached = precision[10 * n_true >= t * n_objects]
         if len(reached) > 0:
             total += reached.max().item()
@@ -683,14 +679,14 @@ def rank_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, 
                     label_map=label_map, min_overlaps=(0.5,)) -> list[dict[str, tuple]]:
     """Rank the detections of each class. Precision and recall follow from this ranking; see `match_detections`.
 
-    :return: for each minimum overlap {label: (scores (d), whether true, bool (d), number of objects)}, highest
-        score first, without the detections that don't count. A warning names the classes without objects.
+    :return: for each minimum overlap {label: (scores (d), whether true, bool (d), number of objects)}, highest score
+        first, without the detections that don't count. A warning names the classes without objects.
     """
     countable = torch.cat(true_labels)[~torch.cat(true_difficulties).bool()]  # labels of objects that count
     n_objects = {label: int((countable == index).sum()) for label, index in label_map.items() if index > 0}
     missing = [label for label, n in n_objects.items() if n == 0]
     if missing:
-        warnings.warn(f'no objects to be found of {", ".join(missing)}: no AP, and left out of the mean')
+        warnings.warn(f'no objects to be found of {", ".join(missing)}: no AP, left out of the mean')
     ranked = []
     for labels, scores, true in match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
                                                  true_difficulties, min_overlaps):
@@ -710,14 +706,13 @@ def mean_of_classes(values) -> float:
 
 def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties,
                   label_map=label_map) -> tuple[dict[str, float], float]:
-    """Return the average precision of each class and their mean, as VOC 2007 defines them (development kit,
-    section 4.4).
+    """Return the average precision of each class and their mean by VOC 2007's rules (development kit, section 4.4).
 
-    All arguments but the last are lists with one tensor per picture. Of its detections: boxes in boundary
-    coordinates (d, 4), labels (d), scores (d). Of its objects: boxes (n, 4), labels (n), difficulties (n).
+    All arguments but the last are lists with one tensor per picture. Of its detections: boxes in boundary coordinates
+    (d, 4), labels (d), scores (d). Of its objects: boxes (n, 4), labels (n), difficulties (n).
 
-    :return: {label: AP}, mAP. A class without objects (difficult ones don't count) has no AP: it is nan, stays
-        out of the mean, and is named in a warning.
+    :return: {label: AP}, mAP. A class without objects (difficult ones don't count) has no AP: it is nan, stays out of
+        the mean, and is named in a warning.
     """
     ranked, = rank_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties,
                               label_map)
@@ -728,8 +723,8 @@ def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, tr
 # ------------------------------------------------------------------------------------------- checkpoints
 
 def make_folder(path):
-    """Make a folder for results, unless it exists. Raises InputError if nothing can be written to it: better
-    now than after hours of training."""
+    """Make a folder for results, unless it exists. Raises InputError if nothing can be written to it: better now than
+    after hours of training."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -748,8 +743,8 @@ def only_warn():
 
 @contextmanager
 def replaced_file(path):
-    """Yield a binary file to write to, which replaces `path` once it is complete and on the disk. Even after a kill
-    or a power cut, `path` is the old file or the new one. Raises InputError if it can't be written."""
+    """Yield a binary file to write to. It replaces `path` when it is complete and on the disk: even after a kill or a
+    power failure, `path` is either the old file or the new one. Raises InputError if it can't be written."""
     path = Path(path)
     temporary = path.with_name(path.name + '.tmp')  # in the same folder: a rename can't cross file systems
     try:
@@ -773,13 +768,11 @@ def replaced_file(path):
 
 
 def save_checkpoint(path, epoch, model, optimizer, label_map, settings, scaler=None, log=()):
-    """Save a training run after `epoch` finished epochs, in plain containers, which load by
-    `torch.load(path, weights_only=True)`: no code is saved.
+    """Save a training run after `epoch` finished epochs, in plain containers that torch.load(path, weights_only=True)
+    loads: no code is saved. Raises InputError if the file can't be written.
 
     :param scaler: the GradScaler of training in float16
     :param log: a list with a dict of figures for each epoch
-
-    Raises InputError if the file can't be written.
     """
     with replaced_file(path) as file:
         torch.save({'format': 3, 'epoch': epoch, 'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
@@ -798,8 +791,8 @@ def download_weights(source, instead) -> dict:
 
 
 def read_checkpoint_file(path):
-    """Return the content of a file that torch.save wrote, ours or another project's, with its tensors on the CPU.
-    No code from the file is run. Raises InputError if the file is missing, damaged or something else."""
+    """Return the content of a file that torch.save wrote, ours or another project's, with its tensors on the CPU. Never
+    runs code from the file. Raises InputError if the file is missing, damaged or something else."""
     try:
         names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
         if any(name.endswith('/constants.pkl') for name in names):
@@ -812,7 +805,7 @@ def read_checkpoint_file(path):
                 content = torch.load(path, map_location='cpu', weights_only=False, pickle_module=InertPickle)
             if isinstance(content['model'], StandIn):
                 return original_checkpoint(content)
-            return {'model': content['model']}  # without the objects beside it, which weights_only refused
+            return {'model': content['model']}  # without the objects beside it, because of which weights_only refused
     except FileNotFoundError:
         raise InputError(f"checkpoint '{path}' isn't there: train one with train.py, or name another one") from None
     except Exception as error:  # a damaged file may raise anything
@@ -822,11 +815,10 @@ def read_checkpoint_file(path):
 
 
 def load_checkpoint(path) -> dict:
-    """Return the content of a checkpoint of `save_checkpoint` or, in the same form, of the original tutorial's code;
-    see `read_checkpoint_file`."""
+    """Return the content of a checkpoint that `save_checkpoint` or, converted, the original tutorial's code wrote."""
     content = read_checkpoint_file(path)
     require(is_checkpoint(content), f"'{path}' isn't a checkpoint of this project: choose one that train.py wrote")
-    if 'log' not in content:  # older versions kept the log beside the checkpoint, and counted epochs in decay_lr_at
+    if 'log' not in content:  # older versions kept the log beside the checkpoint, and gave decay_lr_at in epochs
         content.update(log=read_log(Path(path).with_name('training_log.csv'), content['epoch']), scaler={})
         settings = content.get('settings', {})
         if any(epoch > 1 for epoch in settings.get('decay_lr_at', ())):
@@ -858,10 +850,9 @@ def check_label_map(checkpoint_label_map, data_label_map):
             'data lists and a checkpoint that belong together')
 
 
-# The original tutorial's code pickled the whole network and the whole optimizer, and so its published weights
-# of 77.2 mAP are stored. Unpickling calls whatever a file says. So only what tensors are made of is resolved.
-# Everything else that a file names becomes a stand-in, of which only the parameters are used.
-
+# The original tutorial's code pickled the whole network and optimizer, and its published weights (77.2 mAP) are stored
+# like that. Unpickling calls whatever a file names. So only the names that tensors need are resolved. All others become
+# stand-ins, of which only the parameters are used.
 RESOLVED = {('torch._utils', '_rebuild_tensor'), ('torch._utils', '_rebuild_tensor_v2'),
             ('torch._utils', '_rebuild_parameter'), ('torch.nn.parameter', 'Parameter'),
             ('collections', 'OrderedDict')}
@@ -876,7 +867,7 @@ class StandIn(dict):
     def __setstate__(self, state):
         self.state = state
 
-    __hash__ = object.__hash__  # the optimizer has objects as keys
+    __hash__ = object.__hash__  # the optimizer's state has objects as keys
 
 
 class InertPickle:
@@ -894,14 +885,14 @@ class InertPickle:
 
 
 def original_checkpoint(content) -> dict:
-    """Return a checkpoint of the original tutorial's code in the form of ours, without a training state."""
+    """Convert a checkpoint of the original tutorial's code to the form of ours, without a training state."""
     def parameters(module, prefix=''):
         for name, parameter in module.state['_parameters'].items():
             yield prefix + name, parameter.detach()
         for name, child in module.state['_modules'].items():
             yield from parameters(child, f'{prefix}{name}.')
 
-    return {'epoch': content['epoch'] + 1,  # it has the number of the last one, counted from 0
+    return {'epoch': content['epoch'] + 1,  # it holds the last epoch's number, counted from 0
             'model': dict(parameters(content['model'])), 'label_map': dict(label_map)}
 
 
@@ -914,7 +905,7 @@ def current_settings(script) -> dict:
 
 
 def as_flags(settings) -> str:
-    """Return settings as one types them on a command line."""
+    """Return settings in the form in which they are typed on a command line."""
     flags = []
     for name, value in settings.items():
         if isinstance(value, bool):
@@ -934,27 +925,26 @@ def check_ranges(script, **ranges):
 
 
 def choose_device(name) -> torch.device:
-    """Return the device of a name: 'auto' is CUDA if there is any, else the CPU. Raises InputError if PyTorch can't
-    compute on it."""
+    """Return the device of this name; 'auto': CUDA if there is a GPU, else the CPU. Raises InputError if it can't be
+    used."""
     if name == 'auto':
         return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         torch.zeros(1, device=name).item()
         return torch.device(name)
-    except Exception as error:  # each kind of device raises its own
+    except Exception as error:  # each kind of device has its own errors
         raise InputError(f"device '{name}' can't be used here ({str(error).splitlines()[0]}): choose 'auto', 'cpu' or "
-                         'another device of PyTorch') from None
+                         'another PyTorch device') from None
 
 
 def choose_dtype(device, precision) -> torch.dtype:
-    """Return the type in which a device is to compute convolutions: 'float32', 'bfloat16', 'float16' or, by 'auto',
-    the best that its hardware has instructions for. Raises InputError for one that it hasn't: it would emulate it,
-    which takes ten times as long as float32."""
+    """Return the type in which a device computes convolutions: 'float32', 'bfloat16', 'float16' or, for 'auto', the
+    best that its hardware supports. Raises InputError for others: emulated, they take ten times as long as float32."""
     if device.type == 'cuda':
         bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         float16 = torch.cuda.get_device_capability(device) >= (7, 0)  # from V100 and T4 on
     else:
-        capabilities = getattr(torch.cpu, 'get_capabilities', dict)()  # older versions of PyTorch can't tell
+        capabilities = getattr(torch.cpu, 'get_capabilities', dict)()  # older versions of PyTorch lack it
         bfloat16 = device.type == 'cpu' and any(capabilities.get(name) for name in ('avx512_bf16', 'amx_bf16'))
         float16 = False
     supported = {'bfloat16': bfloat16, 'float16': float16, 'float32': True}  # the best first
@@ -968,18 +958,19 @@ def choose_dtype(device, precision) -> torch.dtype:
 
 
 def autocast(device, dtype):
-    """Return the context in which a network computes in a type wherever that is safe (mixed precision)."""
+    """Return the context in which a network computes in this type wherever that is safe (mixed precision)."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def place_network(model, device, dtype, training=False):
-    """Move a network to a device, with its convolutions in the memory format that is fastest there."""
+    """Move a network to a device and put its convolutions in the memory format that is fastest there."""
     model.to(device)
-    # Channels last, with one exception: without AVX-512, a CPU then computes float32 weight gradients at a
-    # quarter of the speed (measured on an AMD EPYC 7003).
-    if not (training and device.type == 'cpu' and dtype == torch.float32):
+    # That is channels last, except for float32 training on a CPU without AVX-512, which computes weight gradients four
+    # times as fast in the ordinary format (measured on an AMD EPYC 7003). With AVX-512, channels last saves 13 %.
+    has_avx512 = torch.backends.cpu.get_cpu_capability().startswith('AVX512')
+    if not (training and device.type == 'cpu' and dtype == torch.float32 and not has_avx512):
         for module in model.modules():
-            if isinstance(module, torch.nn.Conv2d):
+            if isinstance(module, torch.nn.Conv2d):  # only these: DDP would warn about rescale_factors
                 module.to(memory_format=torch.channels_last)
 
 
@@ -989,18 +980,17 @@ def several_processes() -> bool:
 
 
 def mean_over_processes(count):
-    """Average a number of positives over the training processes, each of which has a part of the batch. Their sum
+    """Average a number of positives over the training processes, each of which has a part of the batch. Their total
     counts as at least 1: without positives, the loss must not be divided by 0."""
     if not several_processes():
         return count.clamp(min=1)
-    distributed.all_reduce(count)  # adds up the counts of all processes
-    # The mean, since DistributedDataParallel averages the gradients, too.
-    return count.clamp(min=1) / distributed.get_world_size()
+    distributed.all_reduce(count)  # now the total
+    return count.clamp(min=1) / distributed.get_world_size()  # DistributedDataParallel averages the gradients likewise
 
 
 def join_processes(device_name) -> tuple[int, int, torch.device]:
-    """Return the rank of this process, the number of processes, and its device. There are several processes if
-    torchrun started them; then only the first one prints."""
+    """Return the rank of this process, the number of processes, and its device. If torchrun started several, only the
+    first prints."""
     device = choose_device(device_name)
     if 'LOCAL_RANK' not in os.environ:
         return 0, 1, device
@@ -1010,7 +1000,7 @@ def join_processes(device_name) -> tuple[int, int, torch.device]:
         device = torch.device('cuda', local_rank)
         torch.cuda.set_device(device)
     backend = 'nccl' if device.type == 'cuda' and distributed.is_nccl_available() else 'gloo'
-    # Hours, since the others wait while the first process downloads weights or computes a mAP.
+    # Hours, since the others wait while the first process downloads weights or computes the mAP.
     distributed.init_process_group(backend, timeout=timedelta(hours=2))
     rank, n_processes = distributed.get_rank(), distributed.get_world_size()
     if rank > 0:
@@ -1019,8 +1009,8 @@ def join_processes(device_name) -> tuple[int, int, torch.device]:
 
 
 class CtrlC:
-    """Within `with CtrlC():`, the first press of Ctrl-C is only noted, so that a script can stop between two batches.
-    A KeyboardInterrupt in the middle of anything can leave workers behind that wait forever."""
+    """Within `with CtrlC():`, only note the first Ctrl-C, so that a script can stop between two batches. A
+    KeyboardInterrupt anywhere else can leave workers behind that wait forever."""
 
     pressed = False
 
@@ -1034,9 +1024,9 @@ class CtrlC:
     def note(self, signal_number, frame):
         if os.getpid() != self.process:
             return  # a worker that is just starting
-        if 'LOCAL_RANK' not in os.environ:  # torchrun sends the signal once more by itself
+        if 'LOCAL_RANK' not in os.environ:  # torchrun repeats the signal by itself
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if not CtrlC.pressed and int(os.environ.get('RANK', 0)) == 0:  # print isn't safe in here
+        if not CtrlC.pressed and int(os.environ.get('RANK', 0)) == 0:  # print() isn't safe in a signal handler
             os.write(2, b'\nStopping after this step; press Ctrl-C again to stop at once\n')
         CtrlC.pressed = True
 
@@ -1050,14 +1040,14 @@ def until_ctrl_c(batches):
 
 
 def ignore_ctrl_c(worker_id):
-    """Ignore Ctrl-C in a DataLoader's worker: a terminal sends it to them, too, but they end with the main process."""
+    """Ignore Ctrl-C in a DataLoader's worker. Terminals send it to workers, too, but these end with the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
 def way_back(run):
-    """If a training ends early, show the command that resumes it. `run` knows the checkpoint `last_saved` (None: there
-    is none yet), its number of epochs, and whether this process `is_main`, which speaks for the others."""
+    """If a training ends early, print the command that resumes it. `run` has `last_saved` (its last checkpoint, or None),
+    `epoch` (the number of finished epochs), and `is_main` (whether this process speaks for the others)."""
     try:
         with CtrlC():
             yield
@@ -1071,11 +1061,8 @@ def way_back(run):
 
 
 def command_to_resume(checkpoint, **changes) -> str:
-    """Return the command that started this script, changed so that it resumes from a checkpoint.
-
-    :param checkpoint: file to resume from; None: nothing is saved yet, so the command starts the same run again
-    :param changes: settings to be changed
-    """
+    """Return the command that started this script, with settings changed, so that it resumes from a checkpoint or, if
+    that is None, starts the same run again."""
     arguments = sys.argv[1:]
     if checkpoint:
         changes['checkpoint'] = str(checkpoint)
@@ -1086,7 +1073,7 @@ def command_to_resume(checkpoint, **changes) -> str:
             del arguments[place:place + 2]
         arguments = [argument for argument in arguments if not argument.startswith(f'--{name}=')]
     n_processes, n_here = os.environ.get('WORLD_SIZE'), os.environ.get('LOCAL_WORLD_SIZE')
-    if n_processes != n_here:
+    if n_processes != n_here:  # on several machines
         return f'the same torchrun command with {as_flags(changes)}'
     start = sys.orig_argv[:len(sys.orig_argv) - len(sys.argv) + 1]  # like python train.py
     if n_here:
@@ -1096,14 +1083,13 @@ def command_to_resume(checkpoint, **changes) -> str:
 
 
 def override_settings(script):
-    """Set a script's annotated constants from the command line.
+    """Set a script's annotated constants from the command line: `batch_size: int = 8` becomes `--batch_size 4`.
 
-    `batch_size: int = 8` becomes `--batch_size 4`. Types may be int, float, str, bool (`--augment`,
-    `--no-augment`), `X | None` (`--grad_clip None`) and `list[X]` (`--labels cat dog`). `--help` shows each
-    with its default and the comment behind it.
+    Types may be int, float, str, bool (`--augment`, `--no-augment`), `X | None` (`--grad_clip None`) and `list[X]`
+    (`--labels cat dog`). `--help` shows each setting with its default and its comment.
     """
     parser = argparse.ArgumentParser(description=script.__doc__, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS,  # what isn't given stays as it is
+                                     argument_default=argparse.SUPPRESS,  # settings not given stay as they are
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f'{parser.prog}: {message}; --help lists the settings\n')
     comments = dict(re.findall(r'^(\w+): .*?  # (.*)$', inspect.getsource(script), re.MULTILINE))
@@ -1135,7 +1121,7 @@ def explain(error) -> str | None:
         return 'Stopped.'
     text = str(error)
     if isinstance(error, InputError):
-        # From a worker of a DataLoader it arrives wrapped in that worker's traceback; the last line is ours.
+        # From a DataLoader's worker it arrives inside that worker's traceback; the last line is ours.
         return 'Error: ' + text.splitlines()[-1].removeprefix('utils.InputError: ')
     if isinstance(error, getattr(torch, 'OutOfMemoryError', torch.cuda.OutOfMemoryError)):
         return "Error: out of memory on the device: lower batch_size, or set precision to 'auto'"
@@ -1146,16 +1132,16 @@ def explain(error) -> str | None:
 
 
 def run_script(script):
-    """Run a script's main() with its settings from the command line. An error that the user can mend ends the
-    program with one sentence and exit status 1."""
+    """Run a script's main() with the settings from the command line. An error that the user can fix ends the program
+    with one sentence and exit status 1."""
     if hasattr(sys.stdout, 'reconfigure'):  # a notebook's stdout isn't a file
-        sys.stdout.reconfigure(errors='backslashreplace')  # a file name that can't be printed must not end a run
+        sys.stdout.reconfigure(errors='backslashreplace')  # an unprintable file name must not end a run
     override_settings(script)
     warnings.formatwarning = lambda message, *_, **__: f'Warning: {message}\n'
     try:
         script.main()
         print(end='', flush=True)
-    except BrokenPipeError:  # whoever read the output, like `head`, has ended; what is to be saved is saved
+    except BrokenPipeError:  # the reader of the output, like `head`, has ended; everything is saved by now
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Exception, KeyboardInterrupt) as error:
         if explain(error) is None:

@@ -11,7 +11,6 @@ from scenes import BOXES, HERE, OBJECTS, read
 from svg import AMBER, BLUE, EDGE, GRAY, GREEN, INK, WHITE, Axes, figure, tint
 from utils import average_precision, find_jaccard_overlap
 
-TENTHS = (0, 20, 40, 60, 80, 100)  # of a mAP in percent
 STEPS_PER_EPOCH = -(-16551 // train.batch_size)  # of VOC's trainval 2007 and 2012
 
 
@@ -34,22 +33,25 @@ def plainly(value):
     return f'{value:.5f}'.rstrip('0').removesuffix('.')
 
 
-@figure(height=530)
+@figure(height=574)
 def learning_rate(canvas):
     """What train.py makes of the learning rate, below the mAP of a run with the same schedule."""
     published = read_log('voc/gluoncv.csv')['mAP']
     last = published[-1][0]
-    above = Axes(canvas, 86, 44, 484, 190, (0, 1), (65, 80))
-    below = Axes(canvas, 86, 308, 484, 150, (0, 1), (5e-6, 3e-3), log_y=True)
+    above = Axes(canvas, 86, 44, 484, 234, (0, 1), (0, 80))
+    below = Axes(canvas, 86, 352, 484, 150, (0, 1), (5e-6, 3e-3), log_y=True)
     drops = [0, *train.decay_lr_at, 1]
-    for axes in (above, below):
-        total = last if axes is above else train.epochs
+    for axes, total in ((above, last), (below, train.epochs)):
         axes.ticks_x(drops, lambda part, total=total: str(int(part * total + 1e-9)))
-    above.ticks_y(range(65, 81, 5))
+    above.ticks_y(range(0, 81, 20))
     below.ticks_y([1e-3, 1e-4, 1e-5], plainly)
     above.frame('', f'mAP of GluonCV, {last} epochs')
-    below.frame('epoch', f'learning rate here, {train.epochs} epochs')
-    above.curve([(epoch / last, 100 * value) for epoch, value in published if value > 0.65], GREEN, dots=False)
+    below.frame('epoch', f'learning rate here, {train.epochs} epochs; both drops aligned')
+    above.curve([(epoch / last, 100 * value) for epoch, value in published], INK, dots=False)
+    epoch, value = published[3]
+    x, y = above.at(epoch / last, 100 * value)
+    canvas.dot(x, y)
+    canvas.text(x + 12, y + 6, f'epoch {epoch}: {100 * value:.0f}')
     epochs, steps = [int(part * train.epochs + 1e-9) for part in drops], []
     for start, end in itertools.pairwise(epochs):
         steps += [max(start * STEPS_PER_EPOCH, train.warmup), end * STEPS_PER_EPOCH - 1]
@@ -60,7 +62,7 @@ def learning_rate(canvas):
                  for step in steps], INK, dots=False)
 
 
-@figure(height=732)
+@figure(height=760)
 def eleven_points(canvas):
     """Precision and recall down the ranked list of what the network says at step 35, all classes taken as one."""
     ranked, known, lines = read('teach')['steps']['35']['objects'], set(), []
@@ -88,8 +90,9 @@ def eleven_points(canvas):
         elif rows[-1][0] != '…':
             rows.append(6 * ['…'])
     canvas.table(16, 16, (52, 150, 80, 62, 118, 110), rows, fills)
+    canvas.text(16, 40 + 33 * len(rows), 'true: the first to overlap an object of its class by more than 0.5')
 
-    axes = Axes(canvas, 60, 430, 524, 236, (0, 1), (0, 1.08))
+    axes = Axes(canvas, 60, 458, 524, 236, (0, 1), (0, 1.08))
     axes.ticks_x([tenth / 10 for tenth in range(11)], plainly)
     axes.ticks_y([0, 0.25, 0.5, 0.75, 1], plainly)
     axes.frame('recall', 'precision')
@@ -107,33 +110,27 @@ def eleven_points(canvas):
                 'mean of the eleven points')
 
 
-# Runs on VOC, beside GluonCV's: (name, log, pictures in an epoch, where the name stands beside the last point).
-VOC_RUNS = (('one pass', 'voc/first_pass.csv', 1238, (10, 16)),
-            ('three passes', 'voc/training_log.csv', 1238, (-8, -12)))
-VOC_REPORT = 'voc/report.json'  # of the run whose classes are shown
-
-
 def draw_classes(canvas, x, y, width, classes):
     """A bar for the average precision of each class, in percent."""
     for i, (label, percent) in enumerate(classes):
         at_y = y + i * 30
         canvas.text(x + 106, at_y + 18, label, anchor='end')
         canvas.rect(x + 112, at_y, width - 160, 23, WHITE, EDGE)
-        canvas.rect(x + 112, at_y, (width - 160) * percent / 100, 23, tint(GREEN, 0.6))
+        canvas.rect(x + 112, at_y, (width - 160) * percent / 100, 23, tint(INK, 0.4))
         canvas.text(x + width, at_y + 18, f'{percent:.1f}', anchor='end', bold=True)
 
 
 @figure()
 def results_bccd(canvas):
     """Both parts of the loss and the mAP over the epochs, and the classes' average precision in the end."""
-    log, (value, classes, _) = read_log('bccd/training_log.csv'), read_report('bccd/report.json')
+    log, (_, classes, _) = read_log('bccd/training_log.csv'), read_report('bccd/report.json')
     last, canvas.height = log['epoch'][-1][0], 350 + 30 * len(classes)
     highest = -(-max(value for _, value in log['confidence_loss']) // 1)
     losses = Axes(canvas, 44, 46, 224, 190, (0, last), (0, highest))
     losses.ticks_y(range(0, int(highest) + 1, 2))
-    mAP = Axes(canvas, 340, 46, 240, 190, (0, last), (0, 100))
-    mAP.ticks_y(TENTHS)
-    for axes, label in ((losses, 'loss'), (mAP, f'mAP: {value:.1f} at the end')):
+    mAP = Axes(canvas, 340, 46, 240, 190, (0, last), (50, 90))
+    mAP.ticks_y(range(50, 91, 10))
+    for axes, label in ((losses, 'loss'), (mAP, 'mAP')):
         axes.ticks_x(range(0, last + 1, 6))
         axes.frame('epoch', label)
     for name, color, shift in (('confidence', AMBER, -14), ('localization', BLUE, -12)):
@@ -141,29 +138,32 @@ def results_bccd(canvas):
         losses.curve(points, color)
         x, y = losses.at(*points[last // 2])
         canvas.center(x + 24, y + shift, name, BLUE if color == BLUE else INK)
-    mAP.curve([(epoch, 100 * value) for epoch, value in log['mAP']], GREEN)
-    canvas.text(128, 322, 'average precision', bold=True)
+    for name, path, color, down in ('float32', 'training_log', INK, -14), ('bfloat16', 'amx', GRAY, 50):
+        points = [(epoch, 100 * value) for epoch, value in read_log(f'bccd/{path}.csv')['mAP']]
+        mAP.curve(points, color)
+        canvas.text(580, mAP.at(*points[-1])[1] + down, f'{name}: {points[-1][1]:.1f}', color, 'end', bold=True)
+    canvas.text(128, 322, 'average precision, float32', bold=True)
     draw_classes(canvas, 16, 334, 568, classes)
 
 
 @figure(height=760)
 def results_voc(canvas):
     """The mAP over the number of pictures seen, beside a published one, and the classes' average precision."""
-    value, classes, n_pictures = read_report(VOC_REPORT)
     axes = Axes(canvas, 50, 46, 530, 280, (1e3, 4e6), (0, 80), log_x=True)
     axes.ticks_x([1e3, 1e4, 1e5, 1e6], '{:,.0f}'.format)
-    axes.ticks_y(TENTHS[:-1])
+    axes.ticks_y(range(0, 81, 20))
     axes.frame('training pictures seen', 'mAP')
-    published = read_log('voc/gluoncv.csv')
-    axes.curve([(pictures, 100 * value) for (_, pictures), (_, value) in zip(published['pictures'], published['mAP'])],
-               INK, dots=False)
-    canvas.text(*axes.at(4.2e5, 52), 'GluonCV,\nall of VOC', bold=True)
-    for name, log, pictures, (right, down) in VOC_RUNS:
-        points = [(epoch * pictures, 100 * value) for epoch, value in read_log(log)['mAP']]
-        axes.curve(points, GREEN)
+    axes.curve([(16551 * epoch, 100 * value) for epoch, value in read_log('voc/gluoncv.csv')['mAP']], GRAY, dots=False)
+    canvas.text(*axes.at(4.2e5, 62), 'GluonCV,\nall of VOC', GRAY, bold=True)
+    for name, log, report, pictures_per_epoch, right, down in (
+            ('CPU, one pass', 'first_pass.csv', 'first_pass.json', 1238, 10, 16),
+            ('CPU', 'training_log.csv', 'report.json', 1238, -8, -10), ('GPU', 'gpu.csv', 'gpu.json', 7004, 10, 12)):
+        points = [(epoch * pictures_per_epoch, 100 * value) for epoch, value in read_log(f'voc/{log}')['mAP']]
+        axes.curve(points, INK)
+        value, classes, n_pictures = read_report(f'voc/{report}')
         (x, y), anchor = axes.at(*points[-1]), 'start' if right > 0 else 'end'
-        canvas.text(x + right, y + down, f'{name}: {points[-1][1]:.1f}', GREEN, anchor, bold=True)
-    canvas.text(16, 412, f'green: here, a part of VOC, tested on {n_pictures:,} pictures', GREEN, bold=True)
+        canvas.text(x + right, y + down, f'{name}: {value:.1f}', INK, anchor, bold=True)
+    canvas.text(16, 412, f'black: here, parts of VOC, tested on {n_pictures:,} pictures', bold=True)
     for i in (0, 1):
         draw_classes(canvas, 8 + i * 296, 450, 280, classes[10 * i:10 * i + 10])
-    canvas.text(120, 440, f'average precision of {VOC_RUNS[-1][0]} (mAP {value:.1f})', bold=True)
+    canvas.text(120, 440, f'average precision of the GPU\'s run (mAP {value:.1f})', bold=True)

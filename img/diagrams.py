@@ -256,7 +256,7 @@ def prediction_channels(canvas):
             canvas.rect(x, y + 22, wide, 38, tint(color, 0.35), color, stroke_width=HAIRLINE)
             canvas.center(x + wide / 2, y + 47, str(first), bold=False)
             x += wide
-        canvas.brace(x + 5, y + 14, 54)
+        canvas.path([(x + 6, y + 18), (x + 14, y + 18), (x + 14, y + 64), (x + 6, y + 64)])
         scene = Scene(canvas, DOG, 510, y, 78, 78, faded=True)
         scene.grid(GRID)
         scene.box(priors_at('conv9_2', *TILE)[kind].tolist(), RED)
@@ -284,7 +284,7 @@ def reshaping(canvas):
     canvas.text(178, 446, 'row by row, tile by tile, prior by prior')
 
 
-@figure(height=860)
+@figure(height=916)
 def data_flow(canvas):
     """The way of a picture through the network, to a loss in training or to objects in detection."""
     total, said = len(PRIORS), read('teach')['steps']['60']
@@ -303,36 +303,41 @@ def data_flow(canvas):
     canvas.path([(472, 166), (472, 182), (300, 182)])
     canvas.arrow(300, 182, 300, 204)
 
-    def step(x, y, text, color, fill=None, width=270, bold=False):
+    def step(x, y, text, color, fill=None, width=250, bold=False):
         canvas.rect(x, y, width, 43 + text.count('\n') * LINE_HEIGHT, fill or tint(color), color, corner=6)
         canvas.center(x + width / 2, y + 28, text, bold=bold)
 
     step(70, 208, f'{total} × 4 offsets', BLUE, width=224, bold=True)
     step(306, 208, f'{total} × {len(label_map)} scores', AMBER, width=224, bold=True)
     canvas.path([(182, 254), (182, 264), (418, 264), (418, 254)])  # both go both ways
-    for x in (155, 445):
-        canvas.path([(300, 264), (300, 276), (x, 276)])
-        canvas.arrow(x, 276, x, 306)
-    canvas.text(143, 298, 'training', anchor='end', bold=True)
-    canvas.text(457, 298, 'detection', bold=True)
+    canvas.path([(300, 264), (300, 772)])
+    canvas.path([(300, 276), (455, 276)])
+    canvas.arrow(455, 276, 455, 306)
+    canvas.center(145, 298, 'training')
+    canvas.text(467, 298, 'detection', bold=True)
     positive = PRIORS_XY[CLASSES > 0].clamp(0, 1)
-    step(20, 310, f'matched with {total} priors:\nobjects claim theirs', RED)
-    scene = Scene(canvas, DOG, 20, 392, 130, 130, faded=True)
+    for x, width, text, color in ((20, 138, f'{len(BOXES)} annotated\nobjects', PURPLE),
+                                  (168, 102, f'{total}\npriors', RED)):
+        step(x, 310, text, color, width=width)
+        canvas.arrow(x + width / 2, 382, x + width / 2, 402)
+    step(20, 406, 'matched: what should\nhave been said', GREEN)
+    scene = Scene(canvas, DOG, 20, 486, 120, 120, faded=True)
     scene.boxes(positive, GREEN, thin=True)
     scene.boxes(BOXES, PURPLE)
-    canvas.text(162, 424, f'{len(positive)} positive\npriors,', GREEN, bold=True)
-    canvas.text(162, 480, f'{3 * len(positive)} hard\nnegatives', GRAY, bold=True)
-    canvas.arrow(160, 530, 160, 566)
-    step(20, 570, 'loss of the classes:\nof positives, hard negatives', AMBER)
-    step(20, 650, 'loss of the boxes:\nof positives only', BLUE)
-    canvas.arrow(160, 722, 160, 758)
-    step(20, 762, 'one number,\nand its gradients', INK, WHITE)
+    canvas.text(150, 530, f'{len(positive)} positive\npriors', GREEN, bold=True)
+    canvas.arrow(145, 612, 145, 632)
+    step(20, 636, f'loss of the classes:\nof {len(positive)} positives and\n{3 * len(positive)} hard negatives', AMBER)
+    step(20, 738, 'loss of the boxes:\nof positives only', BLUE)
+    for y in (682, 772):
+        canvas.arrow(300, y, 274, y)  # what has been said
+    canvas.arrow(145, 810, 145, 830)
+    step(20, 834, 'one number,\nand its gradients', INK, WHITE)
 
-    step(310, 310, f'decoded with {total} priors:\nboxes and probabilities', RED)
-    for y, kind, thin in ((392, 'candidates', True), (626, 'objects', False)):
-        scene = Scene(canvas, DOG, 310, y, 173, faded=thin)
+    step(330, 310, f'decoded with {total} priors:\nboxes and probabilities', RED)
+    for y, kind, thin in ((388, 'candidates', True), (670, 'objects', False)):
+        scene = Scene(canvas, DOG, 347, y, 216, faded=thin)
         scene.boxes(torch.tensor([one['box'] for one in said[kind]]).clamp(0, 1), BLUE, thin=thin)
-        canvas.text(490, y + 30, f'{len(said[kind])}\n{kind}', BLUE, bold=True)
-    canvas.text(490, 712, '\n'.join(one['label'] for one in said['objects']))
-    canvas.arrow(396, 526, 396, 562)
-    step(310, 566, 'duplicates suppressed', INK, WHITE)
+        canvas.center(455, y + 190, f'{len(said[kind])} {kind}', BLUE)
+    canvas.center(455, 885, ', '.join(one['label'] for one in said['objects']), bold=False)
+    canvas.arrow(455, 588, 455, 610)
+    step(330, 614, 'duplicates suppressed', INK, WHITE)

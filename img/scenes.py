@@ -104,7 +104,7 @@ def priors_at(name, row, column):
 def coordinates(canvas):
     """The box of the dog in pixels, in fractions, and as its center and size."""
     size, pixels, box = picture_size(DOG), OBJECTS['dog'], BOXES[0].tolist()
-    scene = Scene(canvas, DOG, 100, 60, 480)
+    scene = Scene(canvas, DOG, 92, 52, 480)
     (x1, y1), (x2, y2) = scene.at(*box[:2]), scene.at(*box[2:])
     c_x, c_y = (x1 + x2) / 2, (y1 + y2) / 2
     scene.box(box, PURPLE)
@@ -155,7 +155,7 @@ def jaccard_index(canvas):
             draw(box, fill=tint(INK, 0.25))
         canvas.grid(x, y, 10 * square, 8 * square, 10, 8)
         draw(one, stroke=PURPLE)
-        draw(two, stroke=RED)
+        draw(two, stroke=INK)
         canvas.center(x + 5 * square, y + 8 * square + 30, caption)
     canvas.center(300, 232, f'Jaccard overlap = intersection / union = {shared:.0f} / {area_1 + area_2 - shared:.0f} '
                   f'= {overlap:.2f}', title=True)
@@ -171,9 +171,9 @@ def jaccard_values(canvas):
         scene = Scene(canvas, DOG, x, y, width=275)
         shifted = dog + torch.tensor([shift_x * width, shift_y * height]).repeat(2)
         scene.boxes(dog, PURPLE)
-        scene.boxes(shifted, RED)
+        scene.boxes(shifted, INK)
         canvas.chip(x + 8, y + 8, f'{find_jaccard_overlap(dog, shifted).item():.2f}', INK)
-    canvas.center(300, 486, 'Jaccard overlap of the red box with the purple one', bold=False)
+    canvas.center(300, 486, 'Jaccard overlap of the black box with the purple one', bold=False)
 
 
 @figure(height=640)
@@ -201,8 +201,10 @@ def priors_center(canvas):
     scene.grid(5, tile=(2, 2), color=GRAY)
     priors = priors_at('conv9_2', 2, 2)
     scene.boxes(priors, RED)
-    for i, xy in enumerate(priors.tolist(), start=1):
-        scene.label(xy, RED, str(i))
+    for i in (0, 1, 2, 3, 5):
+        scene.label(priors[i].tolist(), RED, str(i + 1))
+    x, y = scene.at(priors[4, 0].item(), priors[4, 3].item())
+    canvas.chip(x - CHIP_HEIGHT, y, '5', RED)  # at a corner through which no other box goes
     rows = [[str(i), ratio, f'{w:.2f}', f'{h:.2f}']
             for i, (ratio, (w, h)) in enumerate(zip(PRIOR_NAMES, xy_to_cxcy(priors)[:, 2:].tolist()), start=1)]
     canvas.text(352, 40, 'conv9_2, scale 0.55', title=True)
@@ -224,11 +226,11 @@ def priors_neighbors(canvas):
         boxes = priors_at('conv9_2', row, column)
         scene.boxes(boxes, RED)
         canvas.center(x + 92, 300, f'row {row}, column {column}:\n{overshooting(boxes)} of 6 overshoot')
-    canvas.center(300, 356, f'{overshooting(PRIORS_XY)} of all {len(PRIORS)} priors overshoot an edge, and stay so',
-                  bold=False)
+    canvas.center(300, 356, f'{overshooting(PRIORS_XY)} of all {len(PRIORS)} priors overshoot an edge '
+                  'and aren\'t clipped', bold=False)
 
 
-@figure(height=694)
+@figure(height=718)
 def objects_on_maps(canvas):
     """Each object on the grid of the map that has its best prior."""
     for i, (label, box) in enumerate(zip(OBJECTS, BOXES.tolist())):
@@ -240,7 +242,7 @@ def objects_on_maps(canvas):
         scene.box(box, PURPLE)
         scene.box(PRIORS_XY[best].tolist(), RED)
         canvas.text(x, y + side + 28, f'{label}: {feature_map.name}, {OVERLAPS[best, i]:.2f}', bold=True)
-    canvas.text(20, 676, 'red: the prior that overlaps it most (by the number), and its tile')
+    canvas.text(20, 676, 'purple: the object; red: the prior that overlaps it most,\nand by how much; black: its tile')
 
 
 @figure(height=496)
@@ -278,40 +280,35 @@ def signed(value):
     return f'{value:.2f}'.replace('-', '−')
 
 
-# Seven of the 8732 priors, and the side where the number of each stands; the sixth stands in the inset.
+# Seven of the 8732 priors, and the side where the number of each stands, or for objects the letter.
 SEVEN = {8318: ('left', 0.8), 8324: ('bottom', 0.6), 8614: ('right', 0.75), 8260: ('bottom', 0.9), 6318: ('top', 0.2),
-         928: None, 7697: ('right', 0.5)}
-OBJECT_SIDES = (('left', 0.3), ('right', 0.4), ('top', 0.8))
+         928: ('top', 0.8), 7810: ('right', 0.5)}
+OBJECT_SIDES = ('left', 0.3), ('right', 0.4), ('top', 0.8), ('top', 0.3)
 CLOSE_UP = (0.04, 0.11, 0.19, 0.26)  # the region around the motorbike
 
 
 @figure(height=782)
 def matching_scene(canvas):
     """The objects, seven priors, and the table of their overlaps."""
-    objects, overlaps = BOXES.tolist(), OVERLAPS[[*SEVEN]]
-    seven = PRIORS_XY[[*SEVEN]].tolist()
+    overlaps = OVERLAPS[[*SEVEN]]
     scene = Scene(canvas, DOG, 56, 56, 340, 340)
     inset = Scene(canvas, DOG, 446, 90, 138, 138, region=CLOSE_UP)
     canvas.rect(inset.x, inset.y, 138, 138, stroke=INK)
     (left, top), (right, bottom) = scene.at(*CLOSE_UP[:2]), scene.at(*CLOSE_UP[2:])
     canvas.rect(left, top, right - left, bottom - top, stroke=INK)
     canvas.center(515, 254, 'motorbike,\nenlarged', bold=False)
-    for i, xy in enumerate(seven):
-        (inset if i == 5 else scene).box(xy, RED)
-    for i, xy in enumerate(objects):
-        (inset if i == 3 else scene).box(xy, PURPLE)
-    for letter, xy, side in zip('ABC', objects, OBJECT_SIDES):
-        scene.callout(xy, PURPLE, letter, *side)
-    for i, (xy, side) in enumerate(zip(seven, SEVEN.values()), start=1):
-        if side:
-            scene.callout(xy, RED, str(i), *side)
-    inset.callout(objects[3], PURPLE, 'D', 'top', 0.3)
-    inset.callout(seven[5], RED, '6', 'top', 0.8)
+    boxes = torch.cat((PRIORS_XY[[*SEVEN]], BOXES)).tolist()
+    shown = [(inset if name in '6D' else scene, xy, RED if name.isdigit() else PURPLE, name)
+             for name, xy in zip('1234567ABCD', boxes)]
+    for place, xy, color, _ in shown:
+        place.box(xy, color)
+    for (place, *box), side in zip(shown, (*SEVEN.values(), *OBJECT_SIDES)):
+        place.callout(*box, *side)
 
     rows = [['prior', *(f'{letter}: {label}' for letter, label in zip('ABCD', OBJECTS))]]
     rows += [[str(i), *(f'{value:.2f}' for value in row)] for i, row in enumerate(overlaps.tolist(), start=1)]
-    fills = {(i + 1, overlaps[i].argmax().item() + 1): tint(RED) for i in range(len(seven)) if overlaps[i].max() > 0}
-    fills |= {(overlaps[:, j].argmax().item() + 1, j + 1): tint(PURPLE, 0.5) for j in range(len(objects))}
+    fills = {(i + 1, overlaps[i].argmax().item() + 1): tint(RED) for i in range(len(SEVEN)) if overlaps[i].max() > 0}
+    fills |= {(overlaps[:, j].argmax().item() + 1, j + 1): tint(PURPLE, 0.5) for j in range(len(OBJECTS))}
     canvas.table(16, 446, (60, 120, 124, 120, 144), rows, fills)
     for y, color, text in ((726, tint(RED), 'rule 2: a prior\'s best object'),
                            (754, tint(PURPLE, 0.5), 'rule 3: an object\'s best prior, which it claims')):

@@ -100,11 +100,6 @@ class Canvas:
             self.path([(x, y), (back_x - 4.5 * dy, back_y + 4.5 * dx), (back_x + 4.5 * dy, back_y - 4.5 * dx)],
                       stroke=WHITE if halo else None, fill=color, closed=True, stroke_width=HAIRLINE)
 
-    def brace(self, x, y, height):
-        """A brace } that gathers what lies at its left; its tip, in the middle, is 12 to the right of x."""
-        data = f'M{number(x)} {number(y)} q6 0 6 8 v{{0}} q0 7 6 7 q-6 0 -6 7 v{{0}} q0 8 -6 8'
-        self.add('path', d=data.format(number(height / 2 - 15)), fill='none', stroke=INK, stroke_width=STROKE)
-
     def dot(self, x, y, color=INK, radius=5):
         self.add('circle', cx=x, cy=y, r=radius, fill=color, stroke=WHITE, stroke_width=HAIRLINE)
 

@@ -129,9 +129,9 @@ def test_the_five_lists_hold_2007_before_2012_with_absolute_paths(voc, capsys, m
         'label_map': {'background': 0, **{label: i + 1 for i, label in enumerate(voc_labels)}}}
     assert sorted(snapshot('lists')) == sorted(f'{name}.json' for name in LISTS)
     assert capsys.readouterr().out.splitlines() == [
-        'TRAIN: 4 images with 3 objects', 'TEST: 1 images with 1 objects',
+        'TRAIN: 4 pictures with 3 objects', 'TEST: 1 pictures with 1 objects',
         f"The data lists are in '{voc}/lists'", '2 training pictures have no object of these labels: they teach '
-        "nothing without train.py's min_negatives, --skip_empty leaves them out"]
+        "nothing without train.py's min_negatives; --skip_empty leaves them out"]
 
 
 def test_pictures_without_objects_are_left_out_of_the_training_lists_alone_if_asked_for(voc, capsys, monkeypatch):
@@ -182,6 +182,9 @@ def test_boxes_of_a_turned_photo_are_cut_at_the_edges_of_the_upright_one(tmp_pat
     Image.new('RGB', (64, 48)).save(voc / 'JPEGImages' / 'a.jpg', exif=exif)  # as the sensor saw it
     create_data_lists(voc, None, tmp_path / 'lists')
     assert read_lists(tmp_path / 'lists')['TRAIN_objects'][0]['boxes'] == [[0, 0, 47, 63]]
+    noise(64, 48).save(tmp_path / 'a.png', exif=exif)
+    (tmp_path / 'a.png').write_bytes((tmp_path / 'a.png').read_bytes()[:-999])  # the header alone is read
+    assert utils.picture_size(tmp_path / 'a.png') == (48, 64)
 
 
 # ------------------------------------------------------------------------------------------ anybody's data
@@ -195,7 +198,8 @@ PICTURE, NO_FOLDERS = Image.new('RGB', (64, 48)), {JPEGS: None, XMLS: None, 'Ima
 
 
 @pytest.mark.parametrize(('files', 'names', 'said'), [
-    ({'ImageSets': None}, 'b c | a', 'has no lists .* every fifth .*, 1 of them.*frames of a film'),
+    ({'ImageSets': None, f'{JPEGS}/._a.jpg': '', **{f'{JPEGS}/{n}.jpg': PICTURE for n in 'def'}, **{
+        f'{XMLS}/{n}.xml': THING for n in 'def'}}, 'b c d e | a f', "^'.* has no lists .* every fifth .*, 2 of them"),
     ({TRAINVAL: 'a.jpg\nb.JPG\n', TEST: 'c.jpg -1'}, 'a b | c', '^TRAIN'),
     ({TRAINVAL: 'a\r\nb\r\n'.encode('utf-16'), TEST: codecs.BOM_UTF8 + b'c'}, 'a b | c', '^TRAIN'),
     ({JPG_A: None, f'{JPEGS}/a.JPG': PICTURE, f'{JPEGS}/c.jpg': None, f'{JPEGS}/c.png': PICTURE}, 'a b | c', '^TRAIN'),
@@ -209,10 +213,10 @@ PICTURE, NO_FOLDERS = Image.new('RGB', (64, 48)), {JPEGS: None, XMLS: None, 'Ima
     ({XML_A: LARGER}, 'a b | c', r"1 annotations have a <size>.*a\.xml' \(200×150, not 64×48\)\nTRAIN"),
     ({XML_A: FLAT}, 'a b | c', r"4 boxes have no area.*('.*a\.xml' thing \(5, 6, 5, 6\), ){3}…\nTRAIN"),
     ({f'{XMLS}/b.xml': None}, 'a | c', r"1 pictures have no XML file.*--keep_unannotated.*b\.jpg'\nTRAIN: 1"),
-    ({'ImageSets': None, f'{XMLS}/d.xml': THING}, 'b c | a', r"1 XML files have no picture of their name: '.*d\.xml'"),
+    ({'ImageSets': None, f'{XMLS}/d.xml': THING}, 'b c | a', r"1 XML files have no picture of that name: '.*d\.xml'"),
     ({JPG_A: None, f'{JPEGS}/c.jpg': None}, None, "of 3 pictures 2 can't be used: .*a' isn't there, .*c' isn't there"),
     ({f'{JPEGS}/c.jpg': noise(64, 48)}, None, r"of 3 pictures 1 can't be used: .*c\.jpg' can't be read \(.*truncated"),
-    ({f'{JPEGS}/a.PNG': PICTURE}, None, r"of 3 pictures 1 .*a\.PNG' and '.*a\.jpg' have one name"),
+    ({f'{JPEGS}/a.PNG': PICTURE}, None, r"of 3 pictures 1 .*a\.PNG' and '.*a\.jpg' have the same name"),
     ({XML_A: '<?xml version="1.0" encoding="GB2312"?>' + THING}, None, r"a\.xml' can't be read \(multi-byte.*UTF-8"),
     ({f'{XMLS}/{name}.xml': CAT_XML for name in 'abc'}, None, r'an object of thing: .* \(others there: cat \(3\)\)'),
     ({f'{XMLS}/{name}.xml': None for name in 'abc'}, None, '3 pictures and 0 XML files.*export.*as Pascal VOC')])
@@ -298,7 +302,7 @@ def test_the_table_of_what_priors_can_find_worked_out_on_paper(capsys):
     script.print_coverage(rows)
     said = capsys.readouterr().out
     assert 'cat                        2       100.0%         0.80      50.0%' in said.splitlines()
-    assert 'Fewer than 80 % find a prior: dog.' in said
+    assert 'Fewer than 80% find a prior: dog.' in said
 
 
 def test_the_best_overlaps_of_many_objects_agree_with_the_definition():

@@ -11,7 +11,6 @@ from conftest import make_voc, noise
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import train
 import utils
 from datasets import PascalVOCDataset
 from eval import detect_all, make_test_loader
@@ -90,18 +89,15 @@ def test_a_hundred_batches_of_an_evaluation_need_few_open_files(lists, model, mo
 
 @pytest.mark.parametrize('start_method', ['fork', *(pytest.param(name, marks=pytest.mark.slow)
                                                     for name in ('spawn', 'forkserver'))])
-def test_workers_are_started_once_and_see_each_epoch_however_they_are_started(lists, start_method, monkeypatch):
-    for name, value in {'workers': 1, 'batch_size': 4}.items():
-        monkeypatch.setattr(train, name, value)
+def test_workers_are_started_once_and_see_each_epoch_however_they_are_started(lists, start_method):
     dataset = PascalVOCDataset(lists, 'TRAIN', seed=0)
-    loader, workers = train.make_loader(dataset, rank=0, n_processes=1), set()
-    others = multiprocessing.active_children()
-    loader.multiprocessing_context = start_method
+    others, workers = multiprocessing.active_children(), set()
+    loader = DataLoader(dataset, 4, num_workers=1, persistent_workers=True, collate_fn=dataset.collate_fn,
+                        multiprocessing_context=start_method)
     for epoch in range(3):
-        loader.sampler.set_epoch(epoch)
         dataset.set_epoch(epoch)
         (images, *_), = loader
-        assert images.equal(dataset.collate_fn([dataset[i] for i in loader.sampler])[0])
+        assert images.equal(dataset.collate_fn([dataset[i] for i in range(4)])[0])
         workers.update(multiprocessing.active_children())
     assert len(workers.difference(others)) == 1
 

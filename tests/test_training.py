@@ -206,7 +206,8 @@ def test_finetuning_starts_from_the_weights_and_the_normalization_of_another_net
     monkeypatch.setattr(model, 'image_mean', [0.1, 0.2, 0.3])
     save_checkpoint(tmp_path / 'other.pth', 3, model, train.make_optimizer(model), utils.label_map, {})
     monkeypatch.setattr(train, 'train_epoch', lambda network, *_: networks.append(network))
-    monkeypatch.setattr(train.Progress, 'summary', lambda *_: {'epoch': 1, 'mAP': None})
+    line = dict.fromkeys(('loss', 'confidence_loss', 'localization_loss', 'lr', 'mAP')) | {'epoch': 1}
+    monkeypatch.setattr(train.Progress, 'summary', lambda *_: line)
     means, networks = [], []
     monkeypatch.setattr(PascalVOCDataset, 'normalize_for', lambda _, network: means.append(network.image_mean))
     monkeypatch.setattr(train, 'evaluate', lambda loader, *_: ({}, float(loader.dataset.keep_difficult)))
@@ -365,7 +366,8 @@ def test_a_run_that_ended_while_its_last_mAP_was_measured_is_measured_on_resumin
         context.setattr(train, 'evaluate', Mock(side_effect=KeyboardInterrupt))
         assert stopped(run, eval_every=1)[0] == 'Stopped. To resume after epoch 1:'
     monkeypatch.setattr(train, 'evaluate', lambda *_: ({}, 0.25))
-    run(eval_every=1, checkpoint=run_path)
+    content = run(eval_every=1, checkpoint=run_path, lr=5e-4)
+    assert content['settings']['lr'] == 1e-3  # with which it was trained
     assert [line['mAP'] for line in read_log(tmp_path / 'run')] == ['0.25']
     assert 'already trained for 1 epoch' in refused(run, 'set epochs to more', eval_every=1, checkpoint=run_path)
 
@@ -531,7 +533,7 @@ def test_a_finished_run_or_one_for_other_classes_or_without_a_training_is_not_re
 def test_a_picture_that_a_worker_can_not_read_is_one_sentence(run, one_picture):
     (one_picture / 'TRAIN_images.json').write_text('["gone.jpg"]')
     assert stopped(run, data_folder=one_picture, workers=1)[0] == (
-        "Error: picture 'gone.jpg' isn't there: copy it there, or make the data lists again without it. Nothing is "
+        "Error: picture 'gone.jpg' isn't there: copy it there, or make the data lists without it. Nothing is "
         'saved yet. To start again:')
 
 
