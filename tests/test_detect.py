@@ -28,6 +28,7 @@ class FakeNetwork:
 
     def __call__(self, images):
         self.seen.append(images)
+        self.is_mixed = torch.is_autocast_enabled('cpu')
         return torch.zeros(1, 1, 4), torch.zeros(1, 1, 21)
 
     def detect_objects(self, locs, scores, min_score, max_overlap, top_k):
@@ -158,8 +159,10 @@ def test_detect_annotates_a_copy_for_any_detector_and_leaves_out_what_is_suppres
 
 # --------------------------------------------------------------------------------------- main and saving
 
-def test_main_prints_a_line_per_object_and_the_path_of_the_copy(run, picture, tmp_path, capsys, monkeypatch):
+def test_main_prints_a_line_per_object_and_the_path_of_the_copy(run, picture, network, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(detect, 'choose_dtype', lambda *_: torch.bfloat16)
     run(picture)
+    assert network.is_mixed
     *objects, last = capsys.readouterr().out.splitlines()
     assert [line.split(maxsplit=2) for line in objects] == [
         ['cat', '0.900', '(100, 50, 200, 150)'], ['dog', '0.600', '(0, 100, 400, 200)'],

@@ -238,7 +238,7 @@ class Oracle(torch.nn.Module):
 
     def forward(self, images):
         assert not self.training and not torch.is_grad_enabled()
-        self.highest = images.max()
+        self.highest, self.is_mixed = images.max(), torch.is_autocast_enabled('cpu')
         return images, images
 
     def detect_objects(self, images, _, *settings):
@@ -258,9 +258,10 @@ def test_evaluate_leaves_mode_and_random_numbers_as_they_were(dataset):
 
 
 @pytest.mark.filterwarnings('ignore:no objects to be found')
-def test_eval_py_keeps_to_vocs_rules_and_to_the_normalization_of_the_network(dataset, lists, tmp_path, monkeypatch):
+def test_eval_py_keeps_to_vocs_rules_and_to_normalization_and_precision(dataset, lists, tmp_path, monkeypatch):
     network = Oracle(dataset)
     monkeypatch.setattr(evaluation, 'load_model', lambda _: (network, dataset.label_map))
+    monkeypatch.setattr(evaluation, 'choose_dtype', lambda *_: torch.bfloat16)
     for name, value in {'data_folder': lists, 'output_folder': tmp_path, 'workers': 0, 'batch_size': 2}.items():
         monkeypatch.setattr(evaluation, name, value)
     monkeypatch.setattr(evaluation, 'draw_plots', lambda path, plots: curves.update(plots))
@@ -268,7 +269,7 @@ def test_eval_py_keeps_to_vocs_rules_and_to_the_normalization_of_the_network(dat
     evaluation.main()
     assert {'cat 100.0%', 'dog 100.0%'} < curves.keys() and len(curves) == 20
     assert network.settings == (0.01, 0.45, 200)  # lowest score, largest overlap, number of detections
-    assert network.highest <= -8  # mean 9
+    assert network.highest <= -8 and network.is_mixed  # mean 9
     report = json.loads((tmp_path / 'report.json').read_text())
     assert report['mAP'] == 1 and report['images'] == 5  # finding a difficult object is no error
     assert sum(row['objects'] for row in report['classes'].values()) < sum(map(len, make_objects().values()))

@@ -223,9 +223,11 @@ def test_the_scale_of_float16_is_resumed_but_not_into_another_precision(run, run
     def float16_run(**settings):
         with monkeypatch.context() as context:
             context.setattr(train, 'choose_dtype', lambda *_: torch.float16)
+            context.setattr(train, 'evaluate', lambda *_: ({}, float(torch.is_autocast_enabled('cpu'))))
             return run(**settings)
 
-    content = float16_run()
+    content = float16_run(eval_every=1)
+    assert content['log'][0]['mAP'] == 1  # measured in this precision, too
     assert content['scaler']['scale'] < 2 ** 16  # the first gradients overflow: no error, their steps are skipped
     content['scaler'].update(scale=4.0, _growth_tracker=5)
     torch.save(content, run_path)
