@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -31,10 +32,11 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import train  # noqa: E402
 from datasets import PascalVOCDataset  # noqa: E402
 from model import SSD300, MultiBoxLoss  # noqa: E402
-from utils import (IMAGENET_MEAN, IMAGENET_STD, IMAGE_SIZE, calculate_mAP, create_data_lists, make_label_map,  # noqa: E402
-                   read_image, run_script, transform, voc_labels)
+from utils import (IMAGENET_MEAN, IMAGENET_STD, IMAGE_SIZE, autocast, calculate_mAP, choose_dtype,  # noqa: E402
+                   create_data_lists, make_label_map, place_network, read_image, run_script, transform, voc_labels)
 
 repeats: int = 5  # measurements of each stage and of its yardstick, in turn
 n_photos: int = 40  # pictures per measurement of the transforms
@@ -203,7 +205,8 @@ def measure_frozen_memory(n_blocks):
     """train.py in a step of 8 images with VGG blocks frozen, against without."""
     with tempfile.TemporaryDirectory() as folder:
         command = [ROOT / 'train.py', '--data_folder', make_lists(folder, 8), '--output_folder', folder, '--workers',
-                   '0', '--finetune', save_untrained(make_model(), folder), '--epochs', '1', '--eval_every', 'None']
+                   '0', '--finetune', save_untrained(make_model(), folder), '--epochs', '1', '--eval_every', 'None',
+                   '--overwrite']
         return compare_peaks(*([*command, '--freeze', str(n)] for n in (n_blocks, 0)))
 
 
@@ -215,11 +218,55 @@ def train_step(model, images):
     return step
 
 
-def measure_frozen_blocks(n_blocks):
-    """Forward and backward pass of four images with VGG blocks frozen, against without."""
-    images, frozen, free = torch.randn(4, 3, IMAGE_SIZE, IMAGE_SIZE), make_model().train(), make_model().train()
-    frozen.base.freeze_blocks(n_blocks)
-    times, ratios = in_turn(lambda: timed(train_step(frozen, images)), lambda: timed(train_step(free, images)))
+def measure_step(precision, n_blocks):
+    """A training step of 8 pictures with VGG blocks frozen: reading, network, loss, clipping, SGD, one after the other.
+    The ratio is the share of all that isn't the network's forward and backward pass."""
+    device, criterion = torch.device('cpu'), MultiBoxLoss(SSD300.create_prior_boxes())
+    dtype, model = choose_dtype(device, precision), make_model().train()
+    model.base.freeze_blocks(n_blocks)
+    place_network(model, device, dtype, training=True)
+    optimizer = train.make_optimizer(model)
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = PascalVOCDataset(make_lists(folder, 8), 'TRAIN')
+
+    def step():
+        start = time.perf_counter()
+        images, boxes, labels, _, n_objects = dataset.collate_fn([dataset[i] for i in range(8)])
+        forward = time.perf_counter()
+        with autocast(device, dtype):
+            predictions = model(images)
+        loss_start = time.perf_counter()
+        loss = criterion(*predictions, boxes.split(n_objects), labels.split(n_objects))
+        optimizer.zero_grad()
+        backward = time.perf_counter()
+        loss.backward()
+        update = time.perf_counter()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10)
+        optimizer.step()
+        total = time.perf_counter() - start
+        return total / 8, 1 - (loss_start - forward + update - backward) / total
+
+    step()  # warms up
+    return tuple(zip(*(step() for _ in range(repeats))))
+
+
+def measure_peer(training):
+    """Four pictures in float32, against torchvision's SSD300: forward, loss and backward pass, or detection."""
+    model, device = make_model(), torch.device('cpu')
+    peer = torchvision.models.detection.ssd300_vgg16(weights=None, weights_backbone=None, num_classes=21)
+    place_network(model, device, torch.float32, training)
+    criterion = MultiBoxLoss(model.priors_cxcy)
+    images, boxes = torch.rand(4, 3, IMAGE_SIZE, IMAGE_SIZE), torch.tensor([[0.1, 0.1, 0.5, 0.6]])
+    labels = torch.tensor([1])
+    targets = [{'boxes': boxes * IMAGE_SIZE, 'labels': labels}] * 4
+    if training:
+        stages = (lambda: criterion(*model(images), [boxes] * 4, [labels] * 4).backward(),
+                  lambda: sum(peer(list(images), targets).values()).backward())
+    else:
+        peer.eval()
+        stages = (torch.no_grad()(lambda: model.detect_objects(*model(images), 0.01, 0.45, 200)),
+                  torch.no_grad()(lambda: peer(list(images))))
+    times, ratios = in_turn(*(lambda stage=stage: timed(stage) for stage in stages))
     return [seconds / 4 for seconds in times], ratios
 
 
@@ -272,8 +319,11 @@ STAGES = {
     'images per second, 2 workers / none': (measure_workers, 1.6, True),
     'images per second, 2 workers / none, nothing handed over': (lambda: measure_workers(hand_over=False), None, True),
     'peak memory of eval.py, 64 pictures / 16': (measure_memory, 1.15, False),
-    'training, 2 VGG blocks frozen / none': (lambda: measure_frozen_blocks(2), None, False),
-    'training, 3 VGG blocks frozen / none': (lambda: measure_frozen_blocks(3), None, False),
+    **{f'share of a step outside of the network, {precision}, {n_blocks} VGG blocks frozen':
+       (partial(measure_step, precision, n_blocks), 0.15, False)
+       for precision in ('auto', 'float32') for n_blocks in (0, 3, 4)},
+    "training step / torchvision's": (lambda: measure_peer(training=True), 1, False),
+    "detection / torchvision's": (lambda: measure_peer(training=False), 1, False),
     'peak memory of train.py, 2 VGG blocks frozen / none': (lambda: measure_frozen_memory(2), None, False),
     'peak memory of train.py, 3 VGG blocks frozen / none': (lambda: measure_frozen_memory(3), None, False),
 }
