@@ -310,8 +310,8 @@ def forward_pass(model):
 # name: function, goal for the ratio (None: measured only to compare with), whether a higher ratio is better
 STAGES = {
     'transform for training / plain resizing': (measure_transform, 1.8, False),
-    'detect_objects, 5,700 candidates / forward pass': (lambda: measure_detection(background=9.6), 0.015, False),
-    'detect_objects, 86,000 candidates / forward pass': (lambda: measure_detection(background=0), 0.03, False),
+    'detect_objects, 5,700 candidates / forward pass': (lambda: measure_detection(background=9.6), 0.05, False),
+    'detect_objects, 86,000 candidates / forward pass': (lambda: measure_detection(background=0), 0.08, False),
     'MultiBoxLoss, 8 images / network, forward and backward': (measure_loss, 0.01, False),
     'calculate_mAP, VOC 2007 test / 20 forward passes': (measure_map, 1, False),
     'calculate_mAP, four times the images / once': (measure_map_growth, 4.5, False),
