@@ -533,17 +533,17 @@ def random_crop(window, boxes):
             return (*first[i].tolist(), *(last[i] + 1).tolist()), boxes, kept
 
 
-def render_window(image, window=None, mirror=False, distort=False, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+def render_window(picture, window=None, mirror=False, distort=False, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """Render the part of a picture inside a window as a normalized tensor.
 
-    :param image: PIL image, mode RGB
+    :param picture: PIL image, mode RGB
     :param window: (left, top, right, bottom) in the picture's pixels; None: the whole picture
     :param mirror: flip it left to right
     :param distort: change its colors at random
     :return: (3, 300, 300), RGB in [0, 1] normalized by mean and standard deviation
     """
-    left, top, right, bottom = window or (0, 0, *image.size)
-    visible = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
+    left, top, right, bottom = window or (0, 0, *picture.size)
+    visible = (max(left, 0), max(top, 0), min(right, picture.width), min(bottom, picture.height))
 
     # The place of the visible part among the 300×300 pixels: whole pixels, at least one.
     def place(low, high, start, end):
@@ -552,7 +552,7 @@ def render_window(image, window=None, mirror=False, distort=False, mean=IMAGENET
 
     x1, x2 = place(visible[0], visible[2], left, right)
     y1, y2 = place(visible[1], visible[3], top, bottom)
-    part = image.resize((x2 - x1, y2 - y1), Image.Resampling.BILINEAR, box=visible)
+    part = picture.resize((x2 - x1, y2 - y1), Image.Resampling.BILINEAR, box=visible)
     if mirror:
         part = ImageOps.mirror(part)
         x1, x2 = IMAGE_SIZE - x2, IMAGE_SIZE - x1
@@ -996,7 +996,7 @@ def join_processes(device_name) -> tuple[int, int, torch.device]:
         return 0, 1, device
     if device.type == 'cuda':
         local_rank, n_gpus = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
-        require(local_rank < n_gpus, f'there are {n_gpus} GPUs: start torchrun with --nproc_per_node of at most that many')
+        require(local_rank < n_gpus, f'there are {n_gpus} GPUs: start torchrun with --nproc_per_node={n_gpus} or less')
         device = torch.device('cuda', local_rank)
         torch.cuda.set_device(device)
     backend = 'nccl' if device.type == 'cuda' and distributed.is_nccl_available() else 'gloo'
