@@ -14,8 +14,8 @@ class PascalVOCDataset(Dataset):
     """The pictures of one split with their objects.
 
     An item is (image, boxes, labels, difficulties): a normalized image (3, 300, 300), boxes in fractional boundary
-    coordinates (n, 4), labels long (n), difficulties bool (n). A picture without objects has n = 0. Getting an item
-    raises InputError if its picture can't be read or can't contain its objects.
+    coordinates (n, 4), labels long (n), difficulties bool (n). A picture without objects has n = 0. Raises InputError
+    if the data lists are missing or don't belong together, or if a picture can't be read or can't contain its objects.
     """
 
     def __init__(self, data_folder, split, keep_difficult=False, augment=None, seed=None):
@@ -26,8 +26,6 @@ class PascalVOCDataset(Dataset):
         :param augment: whether to change pictures at random; None: only those of the training split
         :param seed: makes the changes repeatable: they depend only on the seed, the epoch (see `set_epoch`) and the
             picture's number; None: they differ each time
-
-        Raises InputError if the data lists are missing or don't belong together.
         """
         self.split = split.upper()
         require(self.split in ('TRAIN', 'TEST'), f"split must be 'train' or 'test', not '{split}'")
@@ -56,8 +54,8 @@ class PascalVOCDataset(Dataset):
 
     def __getitem__(self, i):
         if self.augment and self.seed is not None:
-            # The changes must not depend on which worker reads the picture, nor on what it read before. A string, not
-            # a sum: with 0 + 1 = 1 + 0, the second epoch of seed 0 would repeat the changes of the first of seed 1.
+            # The changes must not depend on which worker reads the picture, nor on what it read before. The seed is a
+            # text, not a sum: with 0 + 1 = 1 + 0, seed 0 would repeat in its second epoch the first of seed 1.
             random.seed(f'{self.seed} {self.epoch.item()} {i}')
             torch.default_generator.manual_seed(random.getrandbits(63))
         image = read_image(self.paths[i])
@@ -78,12 +76,12 @@ class PascalVOCDataset(Dataset):
     def collate_fn(batch):
         """Make a batch of N items.
 
-        :return: images (N, 3, 300, 300); the boxes (all, 4), labels (all) and difficulties (all) of all images, one
-            image after the other; the number of objects in each image, a list of N numbers. `boxes.split(n_objects)`
-            is the list of each image's boxes.
+        :return: images (N, 3, 300, 300); boxes (all, 4), labels (all) and difficulties (all) of the objects of all
+            images, one image after the other; n_objects, a list with the number of objects in each image
 
-        Boxes can't be stacked, since images differ in the number of their objects. Lists of N tensors would do as well,
-        but each tensor from a worker costs an open file: four are cheap, 3 · N + 1 exceed a shell's limit.
+        Images differ in their number of objects, so boxes can't be stacked; `boxes.split(n_objects)` is the list of
+        each image's boxes. A loader could pass such lists, but each tensor from a worker costs an open file: four are
+        cheap, 3 · N + 1 exceed a shell's limit.
         """
         images, boxes, labels, difficulties = zip(*batch)
         n_objects = [len(image_labels) for image_labels in labels]
@@ -103,5 +101,5 @@ def read_list(data_folder, name, kind):
         raise InputError(f"data list '{path}' isn't there: run create_data_lists.py first, or set data_folder to its "
                          'output_folder') from None
     except (OSError, ValueError) as error:
-        raise InputError(f"data list '{path}' can't be read ({error}): make it again with create_data_lists.py"
-                         ) from None
+        raise InputError(
+            f"data list '{path}' can't be read ({error}): make it again with create_data_lists.py") from None

@@ -10,6 +10,7 @@ Shows a single picture if there is a screen.
 
 import functools
 import json
+import math
 import os
 import sys
 import warnings
@@ -20,8 +21,9 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from model import load_model
-from utils import (PICTURE_SUFFIXES, InputError, autocast, choose_device, choose_dtype, make_folder, make_label_colors,
-                   place_network, read_image, render_window, replaced_file, require, run_script, upright_rgb)
+from utils import (PICTURE_SUFFIXES, InputError, autocast, check_ranges, choose_device, choose_dtype, make_folder,
+                   make_label_colors, place_network, read_image, render_window, replaced_file, require, run_script,
+                   upright_rgb)
 
 # Settings: each annotated constant is also a command-line flag of its name, which changes it for one run.
 
@@ -39,7 +41,8 @@ font: str | None = None  # TrueType file for labels, like DejaVuSans.ttf; None: 
 
 
 def main():
-    check_settings()
+    require(0 <= min_score < 1, f'min_score must be at least 0 and less than 1, not {min_score}')
+    check_ranges(sys.modules[__name__], max_overlap=(0, 1), top_k=(1, math.inf))
     paths = find_pictures(image)
     outputs = output_paths(paths)
     torch_device = choose_device(device)
@@ -176,29 +179,23 @@ def output_paths(paths) -> list[Path]:
     return outputs
 
 
-def save_image(image, path):
+def save_image(picture, path):
     """Save a picture in the format implied by its extension."""
     make_folder(path.parent)
     try:
-        image.save(path)
+        picture.save(path)
     except Exception as error:  # every format has its own limits and errors: WebP takes 16,383 pixels
         raise InputError(f"can't save the picture as '{path}' ({error}): choose another output, like one that ends "
                          'in .png') from None
 
 
-def show(image):
+def show(picture):
     """Show a picture if there is a screen. The results are saved by then, so nothing may fail here."""
     if sys.platform in ('darwin', 'win32') or os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY'):
         try:
-            image.show()
+            picture.show()
         except Exception as error:
             print(f"The picture can't be shown here ({error})")
-
-
-def check_settings():
-    require(0 <= min_score < 1, f'min_score must be at least 0 and less than 1, not {min_score}')
-    require(0 <= max_overlap <= 1, f'max_overlap must be between 0 and 1, not {max_overlap}')
-    require(top_k >= 1, f'top_k must be at least 1, not {top_k}')
 
 
 if __name__ == '__main__':

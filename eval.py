@@ -70,8 +70,8 @@ def main():
     if rank > 0:
         return  # the first process continues alone
     ranked = rank_detections(*results, dataset.label_map, OVERLAPS)
-    report = {'checkpoint': str(checkpoint), 'split': split, 'images': len(dataset),
-              **make_report(ranked, report_threshold)}
+    about = {'checkpoint': str(checkpoint), 'split': split, 'images': len(dataset)}
+    report = about | make_report(ranked, report_threshold)
     make_folder(output_folder)
     with replaced_file(Path(output_folder, 'report.json')) as file:
         file.write(json.dumps(without_nan(report), indent=2).encode())
@@ -93,14 +93,9 @@ def make_test_loader(dataset, batch_size, workers, rank=0, n_processes=1):
 
 
 def evaluate(test_loader, model, label_map=label_map):
-    """Detect the objects in all pictures of a loader and compare them with the true ones.
-
-    :param test_loader: from `make_test_loader`, over a dataset with difficult objects; each of several processes has
-        its own
-    :param model: SSD300; stays in its mode, training or evaluation
-    :return: {label: average precision}, mAP; see `calculate_mAP`. Only the first of several processes gets them, the
-        others get None.
-    """
+    """Return {label: average precision} and the mAP of a network (see `calculate_mAP`) on the pictures of a loader from
+    `make_test_loader`, whose dataset must keep difficult objects. The network stays in its mode, training or
+    evaluation. Only the first of several processes gets the result, the others get None."""
     results = detect_all(test_loader, model)
     return calculate_mAP(*results, label_map) if results else None
 
@@ -111,12 +106,14 @@ def detect_all(test_loader, model):
     and scores, true boxes, labels and difficulties, each a list with a tensor per picture in the dataset's order. Only
     the first of several processes gets them, the others get None. After Ctrl-C, raises KeyboardInterrupt between
     batches."""
-    several, main_device, was_training = several_processes(), model.priors_cxcy.device, model.training
+    several = several_processes()
     is_main = not several or distributed.get_rank() == 0
+    device = model.priors_cxcy.device
+    was_training = model.training
     model.eval()
     batches = []  # of each batch, six lists of N tensors
     for images, *truth, n_objects in until_ctrl_c(tqdm(test_loader, 'Evaluating', unit='batch', disable=not is_main)):
-        images = images.to(main_device, non_blocking=True)  # (N, 3, 300, 300)
+        images = images.to(device, non_blocking=True)  # (N, 3, 300, 300)
         predicted_locs, predicted_scores = model(images)  # (N, 8732, 4), (N, 8732, n_classes)
         detected = model.detect_objects(  # boxes N × (n_detections, 4), labels and scores N × (n_detections)
             predicted_locs, predicted_scores, MIN_SCORE, MAX_OVERLAP, TOP_K)

@@ -100,8 +100,8 @@ def main():
         test_dataset = PascalVOCDataset(data_folder, 'TEST', keep_difficult=True)
         test_dataset.normalize_for(model)
         test_loader = make_test_loader(test_dataset, batch_size, workers, rank, n_processes)
-    what = f'epochs {run.epoch + 1} to {epochs}' if run.epoch < epochs else 'only the mAP is missing'
-    print(f'{len(dataset):,} pictures, {what}, on {n_processes} × {main_device.type}')
+    rest = f'epochs {run.epoch + 1} to {epochs}' if run.epoch < epochs else 'only the mAP is missing'
+    print(f'{len(dataset):,} pictures, {rest}, on {n_processes} × {main_device.type}')
 
     with way_back(run):
         run.measure_mAP(test_loader, mixed_precision)  # if a resumed run ended before it did
@@ -191,7 +191,8 @@ class Progress:
     def __init__(self, loader, epoch, n_processes, is_main):
         self.loader, self.epoch, self.n_processes, self.is_main = loader, epoch, n_processes, is_main
         self.n_steps, self.first_step = len(loader), epoch * len(loader)
-        self.unread, self.losses, self.start = [], [], time.monotonic()
+        self.unread, self.losses = [], []
+        self.start = time.monotonic()
 
     def batches(self):
         # Several processes must stop at the same step, or one would wait for another forever: see update().
@@ -223,21 +224,17 @@ class Progress:
                                  f'(confidence {own_loss[0]:g}, localization {own_loss[1]:g}; pictures: '
                                  f'{", ".join(self.loader.dataset.paths[i] for i in batch)}): check the boxes of '
                                  'these pictures, or resume with gentler settings', **gentler_settings())
-        shown = {'loss': sum(loss), 'lr': rate, 'pictures/s': self.pictures_per_second()}
-        self.bar.set_postfix(shown, refresh=False)  # the bar's own update follows at once
+        n_pictures = min(len(self.losses) * batch_size * self.n_processes, len(self.loader.dataset))
+        self.speed = n_pictures / (time.monotonic() - self.start)
+        self.bar.set_postfix({'loss': sum(loss), 'lr': rate, 'pictures/s': self.speed}, refresh=False)
         if self.n_processes > 1 and pressed and len(self.losses) < self.n_steps:  # a whole epoch is worth saving
             raise KeyboardInterrupt
-
-    def pictures_per_second(self) -> float:
-        n_pictures = min(len(self.losses) * batch_size * self.n_processes, len(self.loader.dataset))
-        return n_pictures / (time.monotonic() - self.start)
 
     def summary(self) -> dict:
         """Return the epoch's line of the log, with the mean of its losses."""
         confidence, localization = torch.tensor(self.losses).mean(dim=0).tolist()
         return {'epoch': self.epoch + 1, 'loss': confidence + localization, 'confidence_loss': confidence,
-                'localization_loss': localization, 'lr': self.rate, 'images_per_second': self.pictures_per_second(),
-                'mAP': None}
+                'localization_loss': localization, 'lr': self.rate, 'images_per_second': self.speed, 'mAP': None}
 
 
 class Run:

@@ -46,11 +46,8 @@ from tqdm import tqdm
 
 
 class InputError(Exception):
-    """Something that the user provided is missing, unreadable or wrong.
-
-    The message is one sentence that names it and says what to do; `run_script` prints it instead of a traceback.
-    `changes` are settings that may help the next time.
-    """
+    """Something that the user provided is missing, unreadable or wrong. The message is one sentence that names it and
+    says what to do; `run_script` prints it instead of a traceback. `changes` are settings that may help next time."""
 
     def __init__(self, message, **changes):
         super().__init__(message)
@@ -235,45 +232,45 @@ def parse_annotation(annotation_path, label_map=label_map, size=None, findings=N
 def opened_picture(path):
     """Open the picture in a file with Pillow. Raises InputError, naming the file, if it can't be read."""
     try:
-        with Image.open(path) as image:
-            yield image
+        with Image.open(path) as picture:
+            yield picture
     except FileNotFoundError:
         raise InputError(f"picture '{path}' isn't there: copy it there, or make the data lists without it") from None
     except Exception as error:  # each of Pillow's formats has its own errors
         raise InputError(f"picture '{path}' can't be read ({error}): replace it or leave it out") from None
 
 
-def upright_rgb(image) -> Image.Image:
+def upright_rgb(picture) -> Image.Image:
     """Return a copy of a PIL image, upright and in mode RGB."""
-    require(isinstance(image, Image.Image),
-            f"a picture must be a PIL image, not {type(image).__name__}: convert an RGB array with "
+    require(isinstance(picture, Image.Image),
+            f"a picture must be a PIL image, not {type(picture).__name__}: convert an RGB array with "
             "Image.fromarray(frame), OpenCV's BGR frames with Image.fromarray(frame[..., ::-1])")
-    image = ImageOps.exif_transpose(image)  # a phone only notes in EXIF data how a photo must be rotated
-    if image.mode[0] in 'IF':  # more than 8 bits per pixel, which Pillow would clip at 255
-        image = image.convert('F')
-        highest = int(image.getextrema()[1])
+    picture = ImageOps.exif_transpose(picture)  # a phone only notes in EXIF data how a photo must be rotated
+    if picture.mode[0] in 'IF':  # more than 8 bits per pixel, which Pillow would clip at 255
+        picture = picture.convert('F')
+        highest = int(picture.getextrema()[1])
         n_bits = next((bits for bits in (8, 12, 16) if highest < 2 ** bits), 32)  # cameras often use 12 of 16 bits
         scale = 255 if highest == 1 else 2 ** (8 - n_bits)  # 1: fractions
-        image = image.point(lambda value: value * scale).convert('L')
-    return image.convert('RGB')
+        picture = picture.point(lambda value: value * scale).convert('L')
+    return picture.convert('RGB')
 
 
 def read_image(path) -> Image.Image:
     """Return the picture in a file, upright and in mode RGB. Raises InputError if it can't be read."""
-    with opened_picture(path) as image:
-        return upright_rgb(image)
+    with opened_picture(path) as picture:
+        return upright_rgb(picture)
 
 
 def picture_size(path, decode=False) -> tuple[int, int]:
     """Return width and height of the picture that `read_image` would return, from the file's header alone. With
     `decode`, also read the rest, to find broken files."""
-    with opened_picture(path) as image:
-        width, height = image.size
+    with opened_picture(path) as picture:
+        width, height = picture.size
         if decode:
-            image.draft('L', (1, 1))  # makes it fast: of JPEG, all is read but only every eighth pixel computed
-            image.load()
-        # Not image.getexif(): it would decode a whole PNG, where EXIF data may follow the pixels.
-        on_its_side = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)  # EXIF's orientation
+            picture.draft('L', (1, 1))  # makes it fast: of JPEG, all is read but only every eighth pixel computed
+            picture.load()
+        # Not picture.getexif(): it would decode a whole PNG, where EXIF data may follow the pixels.
+        on_its_side = Image.Image.getexif(picture).get(0x0112) in (5, 6, 7, 8)  # EXIF's orientation
         return (height, width) if on_its_side else (width, height)
 
 
@@ -339,7 +336,8 @@ def read_folder(voc_path, label_map, findings, keep_unannotated=False, with_test
             'name: export your annotations as Pascal VOC, and name the folders JPEGImages and Annotations')
     splits = split_names(voc_path, pictures, annotations, with_test)
     splits = splits if with_test else splits[:1]
-    names, usable = dict.fromkeys(chain(*splits)), {}
+    names = dict.fromkeys(chain(*splits))
+    usable = {}
     for name in tqdm(names, desc=voc_path.name, unit=' pictures'):
         path, *others = pictures.get(name, [str(folders[0] / name)])
         if name in pictures and name not in annotations and not keep_unannotated:
@@ -377,7 +375,8 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
 
     Raises InputError, before anything is written, if folders, files or pictures are missing or broken.
     """
-    labels, findings = [label.strip() for label in labels], Findings()
+    findings = Findings()
+    labels = [label.strip() for label in labels]
     require(labels and all(labels) and len({'background', *map(str.lower, labels)}) == len(labels) + 1,
             f"labels must be names that differ, none of them 'background', not {', '.join(labels) or 'none at all'}")
     label_map = make_label_map(labels)
@@ -420,10 +419,11 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
 def write_data_lists(output_folder, label_map, **pictures):
     """Write label_map.json and the two lists of each split, given as {split: what `read_folder` returns}."""
     files = {'label_map': label_map}
-    for split in pictures:
-        files[f'{split}_images'], _, files[f'{split}_objects'] = zip(*pictures[split])
-        n_objects = sum(len(objects['boxes']) for objects in files[f'{split}_objects'])
-        print(f'{split}: {len(pictures[split]):,} pictures with {n_objects:,} objects')
+    for split, entries in pictures.items():
+        paths, _, objects = zip(*entries)
+        files |= {f'{split}_images': paths, f'{split}_objects': objects}
+        n_objects = sum(len(of_picture['boxes']) for of_picture in objects)
+        print(f'{split}: {len(paths):,} pictures with {n_objects:,} objects')
     make_folder(output_folder)
     with ExitStack() as stack:  # no file is replaced until all are written: old and new ones never mix
         for name, content in files.items():
@@ -533,17 +533,17 @@ def random_crop(window, boxes):
             return (*first[i].tolist(), *(last[i] + 1).tolist()), boxes, kept
 
 
-def render_window(image, window=None, mirror=False, distort=False, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+def render_window(picture, window=None, mirror=False, distort=False, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """Render the part of a picture inside a window as a normalized tensor.
 
-    :param image: PIL image, mode RGB
+    :param picture: PIL image, mode RGB
     :param window: (left, top, right, bottom) in the picture's pixels; None: the whole picture
     :param mirror: flip it left to right
     :param distort: change its colors at random
     :return: (3, 300, 300), RGB in [0, 1] normalized by mean and standard deviation
     """
-    left, top, right, bottom = window or (0, 0, *image.size)
-    visible = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
+    left, top, right, bottom = window or (0, 0, *picture.size)
+    visible = (max(left, 0), max(top, 0), min(right, picture.width), min(bottom, picture.height))
 
     # The place of the visible part among the 300×300 pixels: whole pixels, at least one.
     def place(low, high, start, end):
@@ -552,7 +552,7 @@ def render_window(image, window=None, mirror=False, distort=False, mean=IMAGENET
 
     x1, x2 = place(visible[0], visible[2], left, right)
     y1, y2 = place(visible[1], visible[3], top, bottom)
-    part = image.resize((x2 - x1, y2 - y1), Image.Resampling.BILINEAR, box=visible)
+    part = picture.resize((x2 - x1, y2 - y1), Image.Resampling.BILINEAR, box=visible)
     if mirror:
         part = ImageOps.mirror(part)
         x1, x2 = IMAGE_SIZE - x2, IMAGE_SIZE - x1
@@ -996,7 +996,7 @@ def join_processes(device_name) -> tuple[int, int, torch.device]:
         return 0, 1, device
     if device.type == 'cuda':
         local_rank, n_gpus = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
-        require(local_rank < n_gpus, f'there are {n_gpus} GPUs: start torchrun with --nproc_per_node of at most that')
+        require(local_rank < n_gpus, f'there are {n_gpus} GPUs: start torchrun with --nproc_per_node={n_gpus} or less')
         device = torch.device('cuda', local_rank)
         torch.cuda.set_device(device)
     backend = 'nccl' if device.type == 'cuda' and distributed.is_nccl_available() else 'gloo'
@@ -1094,12 +1094,10 @@ def override_settings(script):
     parser.error = lambda message: parser.exit(2, f'{parser.prog}: {message}; --help lists the settings\n')
     comments = dict(re.findall(r'^(\w+): .*?  # (.*)$', inspect.getsource(script), re.MULTILINE))
     for name, kind in typing.get_type_hints(script).items():
-        optional = type(None) in typing.get_args(kind)
-        if optional:  # X | None
-            kind = typing.get_args(kind)[0]
-        many = typing.get_origin(kind) is list
-        if many:
-            kind, = typing.get_args(kind)
+        optional = type(None) in typing.get_args(kind)  # X | None
+        kind = typing.get_args(kind)[0] if optional else kind
+        many = typing.get_origin(kind) is list  # list[X]
+        kind = typing.get_args(kind)[0] if many else kind
         text = f'{comments.get(name, "")} (default: {getattr(script, name)})'.replace('%', '%%')
         if kind is bool:
             parser.add_argument(f'--{name}', action=argparse.BooleanOptionalAction, help=text)
