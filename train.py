@@ -219,16 +219,22 @@ class Progress:
             *loss, pressed = mean
             self.losses.append(loss)
             if not math.isfinite(sum(loss)):
-                batch = list(self.loader.batch_sampler)[len(self.losses) - 1]
-                raise InputError(f'the loss is no longer finite in epoch {self.epoch + 1}, step {len(self.losses)} '
-                                 f'(confidence {own_loss[0]:g}, localization {own_loss[1]:g}; pictures: '
-                                 f'{", ".join(self.loader.dataset.paths[i] for i in batch)}): check the boxes of '
-                                 'these pictures, or resume with gentler settings', **gentler_settings())
+                raise InputError(self.complaint(*own_loss), **gentler_settings())
         n_pictures = min(len(self.losses) * batch_size * self.n_processes, len(self.loader.dataset))
         self.speed = n_pictures / (time.monotonic() - self.start)
         self.bar.set_postfix({'loss': sum(loss), 'lr': rate, 'pictures/s': self.speed}, refresh=False)
         if self.n_processes > 1 and pressed and len(self.losses) < self.n_steps:  # a whole epoch is worth saving
             raise KeyboardInterrupt
+
+    def complaint(self, confidence, localization) -> str:
+        """Return the message about the last loss, which isn't finite, in this process or in another one."""
+        where = f'no longer finite in epoch {self.epoch + 1}, step {len(self.losses)}'
+        if math.isfinite(confidence + localization):
+            return f'the loss of another process is {where}'
+        batch = list(self.loader.batch_sampler)[len(self.losses) - 1]
+        paths = ', '.join(self.loader.dataset.paths[i] for i in batch)
+        return (f'the loss is {where} (confidence {confidence:g}, localization {localization:g}; pictures: {paths}): '
+                'check the boxes of these pictures, or resume with gentler settings')
 
     def summary(self) -> dict:
         """Return the epoch's line of the log, with the mean of its losses."""

@@ -1052,7 +1052,8 @@ def way_back(run):
         with CtrlC():
             yield
     except (Exception, KeyboardInterrupt) as error:
-        reason = explain(error)
+        # After Ctrl-C, a process that stops first breaks the connection of the others.
+        reason = explain(KeyboardInterrupt() if CtrlC.pressed and isinstance(error, RuntimeError) else error)
         if reason is None or not run.is_main:
             raise
         way = f'To resume after epoch {run.epoch}:' if run.last_saved else 'Nothing is saved yet. To start again:'
