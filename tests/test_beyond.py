@@ -80,7 +80,7 @@ def test_fine_tuning_says_that_the_checkpoints_priors_replace_those_of_feature_m
         monkeypatch.setattr('model.FEATURE_MAPS', (FEATURE_MAPS[0]._replace(scale=scale), *FEATURE_MAPS[1:]))
         tuned = SSD300(n_classes=21)
         start_from_checkpoint(tuned, path, label_map)
-        assert ('not those that FEATURE_MAPS makes' in capsys.readouterr().out) == (scale == 0.05)
+        assert ('not those of FEATURE_MAPS' in capsys.readouterr().out) == (scale == 0.05)
         assert torch.equal(tuned.priors_cxcy, model.priors_cxcy) and tuned.clip_boxes and tuned.image_mean == [0.5] * 3
     monkeypatch.setattr('model.FEATURE_MAPS', (FEATURE_MAPS[0]._replace(ratios=(1, 2)), *FEATURE_MAPS[1:]))
     with pytest.raises(InputError, match=r"checkpoint\.pth' aren't those of .* 21 classes and these FEATURE_MAPS"):
