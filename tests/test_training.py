@@ -12,8 +12,9 @@ import signal
 import subprocess
 import sys
 import types
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -270,7 +271,9 @@ def test_every_setting_of_the_learning_decides_about_the_weights_but_the_number_
     assert CHANGED.keys() | {'freeze', 'precision'} == set(train.LEARNING)  # which have tests of their own
     settings = {'warmup': 0, 'decay_lr_at': [0.5], 'epochs': 2}
     expected = run('0', **settings)
-    assert_same_training(expected, run('workers', workers=2, **settings))
+    with patch.object(BaseProcess, 'start', autospec=True, side_effect=BaseProcess.start) as start:
+        assert_same_training(expected, run('workers', workers=2, **settings))
+    assert start.call_count == 2  # they stay for all epochs
     for name, value in CHANGED.items():
         other = run(name, **{**settings, name: value})
         assert not torch.equal(other['model']['conv.weight'], expected['model']['conv.weight']), name
