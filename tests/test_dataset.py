@@ -34,9 +34,6 @@ def lists(tmp_path):
     return tmp_path / 'lists'
 
 
-# ------------------------------------------------------------------------------------------------- items
-
-
 def test_difficult_objects_are_kept_only_if_asked_for(lists):
     _, boxes, labels, difficulties = PascalVOCDataset(lists, 'TEST', keep_difficult=True)[0]
     assert labels.tolist() == [CAT, DOG] and difficulties.tolist() == [False, True]
@@ -54,9 +51,6 @@ def test_pictures_change_at_random_for_training_or_where_augment_says_so(lists, 
     torch.manual_seed(0)
     images = [dataset[0][0] for _ in range(4)]
     assert all(images[0].equal(image) for image in images[1:]) is not changes
-
-
-# ----------------------------------------------------------------------------------------------- batches
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -102,8 +96,6 @@ def test_workers_are_started_once_and_see_each_epoch_however_they_are_started(li
     assert len(workers.difference(others)) == 1
 
 
-# --------------------------------------------------------------------------------------------- bad lists
-
 @pytest.mark.parametrize(('content', 'advice'), [
     (None, r"TRAIN_images\.json' isn't there: run create_data_lists.py first"),
     ('[{"boxes"', r"TRAIN_images\.json' can't be read .* make it again"),
@@ -116,8 +108,6 @@ def test_a_data_list_that_is_missing_damaged_or_of_other_data_is_named_with_what
     message, = str(refused.value).splitlines()
     assert str(lists) in message
 
-
-# ---------------------------------------------------------------------------------------------- pictures
 
 def test_a_picture_that_is_missing_or_truncated_is_named(lists):
     dataset = PascalVOCDataset(lists, 'TRAIN')
