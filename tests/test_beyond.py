@@ -25,8 +25,6 @@ def fruit_lists(tmp_path_factory):
     return folder / 'lists'
 
 
-# ----------------------------------------------------------------------------------------- mixed precision
-
 @pytest.mark.slow
 def test_in_bfloat16_the_network_detects_nearly_the_same(model):
     torch.manual_seed(1)
@@ -48,8 +46,6 @@ def test_in_bfloat16_the_network_detects_nearly_the_same(model):
     # Nearly all have their counterpart; of duplicates with equal scores, another one may have been suppressed.
     assert (find_jaccard_overlap(found[0][0], low_found[0][0]).amax(dim=1) > 0.95).float().mean() > 0.9
 
-
-# ------------------------------------------------------------------------------- other classes, other priors
 
 @pytest.mark.parametrize('labels', [('person',), ('dog', *FRUIT, 'cat'), (*voc_labels, 'unicorn')])
 @torch.no_grad()

@@ -150,13 +150,6 @@ def test_the_first_ratio_of_a_map_counts_and_comes_before_the_extra_prior(monkey
     assert extra == pytest.approx([math.sqrt(0.55 * 0.725)] * 2)
 
 
-def test_priors_move_with_the_network_but_are_neither_saved_nor_trained(model):
-    assert 'priors_cxcy' not in model.state_dict()
-    assert SSD300(n_classes=2).to('meta').priors_cxcy.device.type == 'meta'
-    assert model.priors_cxcy.device.type == 'cpu'
-    assert not model.priors_cxcy.requires_grad
-
-
 def test_predictions_come_in_the_order_of_the_priors():
     heads, features, rows = PredictionConvolutions(n_classes=3), [], []
     for feature_map in FEATURE_MAPS:
