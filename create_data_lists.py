@@ -89,7 +89,8 @@ def print_coverage(rows):
     width = max(20, *(len(label) + 2 for label in rows))
     print(f'\n{"training objects":<{width}}{"number":>8}{"prior ≥ 0.5":>13}{"median best":>13}{"too small":>11}')
     for label, (number, found, median, smaller) in rows.items():
-        print(f'{label:<{width}}{number:>8,}{found:>13.1%}{median:>13.2f}{smaller:>11.1%}')
+        shares = f'{found:>13.1%}{median:>13.2f}{smaller:>11.1%}' if number else '  no object: is it misspelled?'
+        print(f'{label:<{width}}{number:>8,}{shares}')
     print('prior ≥ 0.5: share of objects that some prior overlaps by at least 0.5; median best: median of the largest\n'
           'overlaps; too small: share of objects with less area than the smallest prior.\n'
           "The priors are those of model.py, as in training from ImageNet's weights; a checkpoint has its own")

@@ -163,7 +163,8 @@ def print_report(report):
     width = max(map(len, report['classes'])) + 2
     print(f'{"class":<{width}}{"objects":>9}' + ''.join(f'{column:>11}' for column in columns))
     for label, row in report['classes'].items():
-        print(f'{label:<{width}}{row["objects"]:>9,}' + ''.join(f'{100 * row[column]:>11.1f}' for column in columns))
+        percents = ('–' if math.isnan(row[column]) else f'{100 * row[column]:.1f}' for column in columns)
+        print(f'{label:<{width}}{row["objects"]:>9,}' + ''.join(f'{percent:>11}' for percent in percents))
     print('All in %. AP: 11 points, as in VOC 2007. AP_area: area under the curve, as in VOC 2010 and later.\n'
           'AP_50_95: mean of such areas for overlaps of 0.5, 0.55, … 0.95, as in COCO.\n'
           f'precision, recall: of the detections with a score of at least {report["report_threshold"]}')

@@ -303,6 +303,8 @@ def test_the_table_of_what_priors_can_find_worked_out_on_paper(capsys):
     said = capsys.readouterr().out
     assert 'cat                        2       100.0%         0.80      50.0%' in said.splitlines()
     assert 'Fewer than 80% find a prior: dog.' in said
+    script.print_coverage({**rows, 'dgo': (0, math.nan, math.nan, math.nan)})
+    assert re.search(r'dgo +0  no object: is it misspelled\?', capsys.readouterr().out)
 
 
 def test_the_best_overlaps_of_many_objects_agree_with_the_definition():
