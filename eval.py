@@ -62,6 +62,7 @@ def main():
     place_network(model, main_device, dtype)
     loader = make_test_loader(dataset, batch_size, workers, rank, n_processes)
     names = result_names(dataset) if save_results else None  # now, since they may be refused
+    make_folder(output_folder)
 
     with CtrlC(), autocast(main_device, dtype):
         results = detect_all(loader, model)
@@ -72,7 +73,6 @@ def main():
     ranked = rank_detections(*results, dataset.label_map, OVERLAPS)
     about = {'checkpoint': str(checkpoint), 'split': split, 'images': len(dataset)}
     report = about | make_report(ranked, report_threshold)
-    make_folder(output_folder)
     with replaced_file(Path(output_folder, 'report.json')) as file:
         file.write(json.dumps(without_nan(report), indent=2).encode())
     draw_plots(Path(output_folder, 'precision_recall.png'), precision_recall_curves(ranked[0]))

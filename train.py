@@ -111,6 +111,8 @@ def main():
             progress = Progress(loader, epoch, n_processes, run.is_main)
             train_epoch(network, criterion, optimizer, scaler, mixed_precision, progress)
             run.save_epoch(progress.summary())
+            if progress.stopped and run.epoch < epochs:
+                raise KeyboardInterrupt
             run.measure_mAP(test_loader, mixed_precision)
     if n_processes > 1:
         distributed.destroy_process_group()
@@ -223,7 +225,8 @@ class Progress:
         n_pictures = min(len(self.losses) * batch_size * self.n_processes, len(self.loader.dataset))
         self.speed = n_pictures / (time.monotonic() - self.start)
         self.bar.set_postfix({'loss': sum(loss), 'lr': rate, 'pictures/s': self.speed}, refresh=False)
-        if self.n_processes > 1 and pressed and len(self.losses) < self.n_steps:  # a whole epoch is worth saving
+        self.stopped = self.n_processes > 1 and pressed > 0  # the same in all of them
+        if self.stopped and len(self.losses) < self.n_steps:  # a whole epoch is worth saving
             raise KeyboardInterrupt
 
     def complaint(self, confidence, localization) -> str:
@@ -250,7 +253,7 @@ class Run:
         self.model, self.optimizer, self.scaler, self.label_map = model, optimizer, scaler, label_map
         self.is_main = is_main  # the first of several processes: only it writes
         self.epoch, self.log = 0, []  # the number of finished epochs, and the log's line for each
-        self.last_saved = None  # the checkpoint from which this run can be resumed
+        self.last_saved, self.n_saved = None, 0  # this run's last checkpoint, and the epochs that are saved somewhere
         if resumed:
             try:
                 optimizer.load_state_dict({**optimizer.state_dict(), 'state': resumed['optimizer']['state']})
@@ -260,13 +263,10 @@ class Run:
             if resumed['scaler'] and scaler.is_enabled():
                 scaler.load_state_dict(resumed['scaler'])
             self.epoch, self.log, self.settings = resumed['epoch'], resumed['log'], resumed['settings']
+            self.n_saved = self.epoch
             require(self.epoch < epochs or self.lacks_mAP(), f"checkpoint '{checkpoint}' was already trained for "
                     f'{self.epoch} epochs: set epochs to more than that')
-        self.board = None
-        with only_warn(), suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-            if is_main:  # hides the later epochs of an earlier run in the same folder
-                self.board = SummaryWriter(Path(output_folder, 'runs'), purge_step=self.epoch + 1)
+        self.board, self.first_epoch = None, self.epoch + 1
 
     def save_epoch(self, line):
         """Add an epoch's line to the log and save a checkpoint. Raises InputError if the last step ruined the weights:
@@ -293,13 +293,13 @@ class Run:
             measured = evaluate(test_loader, self.model, self.label_map)
         if self.is_main:
             mAP = measured[1]
-            print(f'mAP after epoch {self.epoch}: {mAP:.1%}')
-            is_best = all(line['mAP'] is None or mAP > line['mAP'] for line in self.log)
+            is_best = not any(line['mAP'] is not None and line['mAP'] >= mAP for line in self.log)
             self.log[-1]['mAP'] = mAP
             if is_best:
                 self.save(BEST_NAME)
             self.save(CHECKPOINT_NAME)
             self.write_log({'mAP': mAP})
+            print(f'mAP after epoch {self.epoch}: {mAP:.1%}')
 
     def save(self, name):
         path = Path(output_folder, name)
@@ -308,7 +308,7 @@ class Run:
         if not self.last_saved and not (checkpoint and Path(checkpoint).resolve().parent == path.resolve().parent):
             for old in {BEST_NAME, CHECKPOINT_NAME} - {name}:  # left by the run that this one overwrites
                 Path(output_folder, old).unlink(missing_ok=True)
-        self.last_saved = path
+        self.last_saved, self.n_saved = path, self.epoch
 
     def write_log(self, news):
         """Write the log to training_log.csv, draw it, and send the news to TensorBoard. The checkpoint holds the log,
@@ -318,12 +318,15 @@ class Run:
         lines = [','.join('' if value is None else str(value) for value in row) + '\n' for row in rows]
         with only_warn(), replaced_file(Path(output_folder, 'training_log.csv')) as file:
             file.write(''.join(lines).encode())
-        with only_warn():
+        with only_warn(), suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+            if not self.board:  # hides the later epochs of an earlier run in the same folder
+                self.board = SummaryWriter(Path(output_folder, 'runs'), purge_step=self.first_epoch)
             for name, value in news.items():
-                if self.board and value is not None:
+                if value is not None:
                     self.board.add_scalar(name, value, self.epoch)
         curves = {name: (columns['epoch'], columns[name]) for name in columns}
-        losses = {name: curves[name] for name in ('loss', 'confidence_loss', 'localization_loss')}
+        losses = {name: curves[name] for name in ('loss', 'confidence_loss', 'localization_loss') if name in curves}
         with only_warn():
             draw_plots(Path(output_folder, 'training_log.png'),
                        {'loss': losses, 'learning rate': {'': curves['lr']}, 'mAP': {'': curves['mAP']}})

@@ -1018,8 +1018,11 @@ class CtrlC:
         CtrlC.pressed = False
         self.process, self.before = os.getpid(), signal.signal(signal.SIGINT, self.note)
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, _):
         signal.signal(signal.SIGINT, self.before)
+        # After Ctrl-C, a process or worker that stops first breaks the connection of the others.
+        if CtrlC.pressed and isinstance(error, RuntimeError):
+            raise KeyboardInterrupt from None
 
     def note(self, signal_number, frame):
         if os.getpid() != self.process:
@@ -1047,16 +1050,15 @@ def ignore_ctrl_c(worker_id):
 @contextmanager
 def way_back(run):
     """If a training ends early, print the command that resumes it. `run` has `last_saved` (its last checkpoint, or
-    None), `epoch` (the number of finished epochs), and `is_main` (whether this process speaks for the others)."""
+    None), `n_saved` (the number of saved epochs), and `is_main` (whether this process speaks for the others)."""
     try:
         with CtrlC():
             yield
     except (Exception, KeyboardInterrupt) as error:
-        # After Ctrl-C, a process that stops first breaks the connection of the others.
-        reason = explain(KeyboardInterrupt() if CtrlC.pressed and isinstance(error, RuntimeError) else error)
+        reason = explain(error)
         if reason is None or not run.is_main:
             raise
-        way = f'To resume after epoch {run.epoch}:' if run.last_saved else 'Nothing is saved yet. To start again:'
+        way = f'To resume after epoch {run.n_saved}:' if run.n_saved else 'Nothing is saved yet. To start again:'
         command = command_to_resume(run.last_saved, **getattr(error, 'changes', {}))
         sys.exit(f'{reason.removesuffix(".")}. {way}\n{command}')
 
@@ -1118,6 +1120,8 @@ def explain(error) -> str | None:
     """Return the message for an error about which the user can do something; None for any other."""
     if isinstance(error, KeyboardInterrupt):
         return 'Stopped.'
+    if isinstance(error, BrokenPipeError):
+        return 'Error: the program that read the output has ended'
     text = str(error)
     if isinstance(error, InputError):
         # From a DataLoader's worker it arrives inside that worker's traceback; the last line is ours.
@@ -1140,7 +1144,7 @@ def run_script(script):
     try:
         script.main()
         print(end='', flush=True)
-    except BrokenPipeError:  # the reader of the output, like `head`, has ended; everything is saved by now
+    except BrokenPipeError:  # the reader of the output, like `head`, has ended; eval.py and detect.py print last
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Exception, KeyboardInterrupt) as error:
         if explain(error) is None:

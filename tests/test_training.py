@@ -460,7 +460,7 @@ def test_a_last_step_that_breaks_everything_leaves_the_checkpoint_untouched(how,
     before = Path(run_path).read_bytes()
     monkeypatch.setattr(train, 'MultiBoxLoss', breaking_loss(3, how))
     sentence, command = stopped(run, checkpoint=run_path, epochs=2, grad_clip=10, lr=0.004)
-    assert complaint in sentence and 'Nothing is saved yet' in sentence
+    assert complaint in sentence and sentence.endswith('To resume after epoch 1:')
     assert command.endswith('train.py --as typed --overwrite --lr 0.002')  # what clipping hasn't cured
     assert Path(run_path).read_bytes() == before
 
@@ -542,6 +542,12 @@ def test_a_picture_that_a_worker_can_not_read_and_a_training_without_any_object_
     assert str(one_picture) in refused(run, 'no training picture .* has an object', data_folder=one_picture)
 
 
+def test_after_a_full_disk_the_command_resumes_the_last_epoch_that_was_saved(run, monkeypatch):
+    save = Mock(side_effect=[None, InputError("can't write")])
+    monkeypatch.setattr(train, 'save_checkpoint', save)
+    assert stopped(run, epochs=3)[0] == "Error: can't write. To resume after epoch 1:"
+
+
 # ------------------------------------------------------------------------------------------------- Ctrl-C
 
 def press_ctrl_c(command, when, folder):
@@ -577,8 +583,8 @@ def test_the_last_line_after_ctrl_c_is_the_command_that_ends_as_if_nothing_had_h
     assert [line['mAP'] for line in load_checkpoint(run_path)['log']] == [line['mAP'] for line in whole['log']]
 
     launcher = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', *command[1:]]
-    said = press_ctrl_c([*launcher, '--epochs', '99'], 'Epoch 6/', tmp_path)[1]
-    assert re.search(r'Stopped\. To resume after epoch [56]:\ntorchrun --nproc_per_node=2 ', said)
+    said = press_ctrl_c([*launcher, '--epochs', '99', '--batch_size', '4'], 'Epoch 6/', tmp_path)[1]  # one step each
+    assert re.search(r'Stopped\. To resume after epoch [5-9]:\ntorchrun --nproc_per_node=2 ', said)
 
 
 def test_the_command_to_resume_is_the_one_typed_with_the_checkpoint_added_or_replaced(monkeypatch):
