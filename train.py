@@ -293,9 +293,9 @@ class Run:
             measured = evaluate(test_loader, self.model, self.label_map)
         if self.is_main:
             mAP = measured[1]
-            is_best = not any(line['mAP'] is not None and line['mAP'] >= mAP for line in self.log)
+            beaten = any(line['mAP'] is not None and line['mAP'] >= mAP for line in self.log)
             self.log[-1]['mAP'] = mAP
-            if is_best:
+            if not beaten and not math.isnan(mAP):  # nan: there was nothing to find
                 self.save(BEST_NAME)
             self.save(CHECKPOINT_NAME)
             self.write_log({'mAP': mAP})

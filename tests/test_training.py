@@ -490,7 +490,7 @@ def test_a_new_run_never_touches_another_ones_checkpoint_unless_told_to(run, run
 def test_a_checkpoint_is_resumed_into_another_folder_with_its_log_and_rewound_to_the_best_with_its_own(run, run_path,
                                                                                                      tmp_path,
                                                                                                      monkeypatch):
-    values = iter([0.4, 0.2, 0.3, 0.5])
+    values = iter([0.4, 0.2, 0.3, float('nan'), 0.5])
     monkeypatch.setattr(train, 'evaluate', lambda *_: ({}, next(values)))
     run(epochs=2, eval_every=1)
     before = contents(tmp_path / 'run')
@@ -499,6 +499,8 @@ def test_a_checkpoint_is_resumed_into_another_folder_with_its_log_and_rewound_to
     assert contents(tmp_path / 'run') == before
     assert [line['mAP'] for line in read_log(tmp_path / 'other')] == ['0.4', '0.2', '0.3']
     assert not (tmp_path / 'other' / 'best_checkpoint_ssd300.pth').exists()  # 0.3 isn't the best of this run
+    run('nothing to find', eval_every=1)
+    assert not (tmp_path / 'nothing to find' / 'best_checkpoint_ssd300.pth').exists()  # nan is no best
     best = tmp_path / 'run' / 'best_checkpoint_ssd300.pth'
     run(checkpoint=best, epochs=2, eval_every=1, overwrite=True)
     assert [line['mAP'] for line in read_log(tmp_path / 'run')] == ['0.4', '0.5']
